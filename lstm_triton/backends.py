@@ -1,0 +1,99 @@
+"""Which backend runs a call, and PyTorch's own operator as one of them."""
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, _VF
+
+from lstm_triton import reference
+
+if TYPE_CHECKING:
+    from lstm_triton.functional import Options
+
+BACKENDS = ("auto", "triton", "eager", "torch")
+
+
+def auto(input: Tensor, packed: bool, drops: bool) -> str:
+    """The backend that "auto" stands for.
+
+    PyTorch's operator wherever it does the job and none of ours is known to be faster. Ours where
+
+    - recurrent dropout is active: PyTorch has none;
+    - `torch.compile` traces: PyTorch's operator would be unrolled over the time steps, ours stays one;
+    - on a CPU the batch is packed: PyTorch's operator slices and concatenates at each step there.
+    """
+    if not (drops or torch.compiler.is_compiling() or (packed and input.device.type == "cpu")):
+        return "torch"
+    return "triton" if input.device.type == "cuda" and has_triton() else "eager"
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def check_triton(device: torch.device) -> None:
+    """Raises RuntimeError where backend="triton" cannot run on `device`."""
+    if not has_triton():
+        raise RuntimeError(
+            "backend='triton' needs the package triton, which is not installed; "
+            "install it (pip install triton, Linux only) or use backend='eager' or 'torch'"
+        )
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        raise RuntimeError(
+            "backend='triton' runs on a GPU, the input is on the CPU; move it there, use backend='auto', "
+            "or set TRITON_INTERPRET=1 before the first use to run the kernels in Triton's (slow) interpreter"
+        )
+
+
+def torch_lstm(
+    input: Tensor, batch_sizes: Tensor | None, hx: tuple[Tensor, Tensor], weights: list[Tensor], options: "Options"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch's operator: cuDNN, MIOpen, oneDNN or ATen."""
+    outputs = _operator(input, batch_sizes, hx, weights, options)
+    dropped = options.training and options.dropout > 0 and options.num_layers > 1
+    if input.is_cuda and outputs[0].requires_grad and not dropped and not torch.compiler.is_compiling():
+        return _DoubleBackward.apply(batch_sizes, options, *outputs, input, *hx, *weights)
+    return outputs
+
+
+class _DoubleBackward(torch.autograd.Function):
+    """cuDNN's operator has no double backward; this gives it one, and costs nothing else.
+
+    An identity on the operator's outputs. A plain backward goes through it to the operator's own.
+    Where a graph of the backward is wanted, gradients go past the operator, through the plainly
+    written layers. (Masks that cuDNN draws between layers are not known here: not for `dropout`.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, batch_sizes: Tensor | None, options: "Options", *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.batch_sizes, ctx.options = batch_sizes, options
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[3:])
+        return tuple(x.view_as(x) for x in tensors[:3])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():
+            return None, None, *gradients, *[None] * len(ctx.saved_tensors)
+        o = ctx.options
+
+        def rerun(input: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+            return reference.lstm(
+                input, (h, c), list(weights), ctx.batch_sizes, o.num_layers, o.bias, o.bidirectional, o.batch_first
+            )
+
+        found = reference.differentiable_vjp(rerun, list(ctx.saved_tensors), gradients)
+        return None, None, None, None, None, *found
+
+
+def _operator(
+    input: Tensor, batch_sizes: Tensor | None, hx: tuple[Tensor, Tensor], weights: list[Tensor], options: "Options"
+) -> tuple[Tensor, Tensor, Tensor]:
+    o = options
+    common = (hx, weights, o.bias, o.num_layers, o.dropout, o.training, o.bidirectional)
+    if batch_sizes is None:
+        return _VF.lstm(input, *common, o.batch_first)
+    return _VF.lstm(input, batch_sizes, *common)

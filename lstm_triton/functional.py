@@ -1,0 +1,273 @@
+"""The functional form: `lstm` takes what `torch.lstm` takes, and what it lacks."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lstm_triton import backends
+from lstm_triton.ops import layer as layer_op
+from lstm_triton.ops import state_dtype
+from lstm_triton.recurrence import RecurrentDropout
+
+MODES = ("step", "sequence")
+
+
+class Options(NamedTuple):
+    """What an LSTM is, apart from its weights."""
+
+    num_layers: int
+    bias: bool
+    dropout: float
+    training: bool
+    bidirectional: bool
+    batch_first: bool
+    recurrent_dropout: float
+    recurrent_dropout_mode: str
+    backend: str
+
+
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    num_layers: int = 1,
+    bias: bool = True,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    recurrent_dropout: float = 0.0,
+    recurrent_dropout_mode: str = "step",
+    recurrent_dropout_mask: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A stack of LSTM layers (Hochreiter & Schmidhuber 1997, as `torch.nn.LSTM` defines it).
+
+    L is `num_layers`, D the number of directions, H the hidden size, K the size of h: that of the
+    projection where there is one (weight_hr), else H.
+
+    Args:
+        input: (T, B, I), with `batch_first` (B, T, I), or with `batch_sizes` the (N, I) data of a
+            `PackedSequence`; floating point.
+        hx: initial states h (L * D, B, K) and c (L * D, B, H), in the order of layers, then directions.
+        weights: for each layer and direction weight_ih (4H, I or D * K), weight_hh (4H, K), with `bias`
+            bias_ih and bias_hh (4H,), with projections weight_hr (K, H); gates in the order i, f, g, o.
+        batch_sizes: (T,) int64 on the CPU: how many rows each time step has, never increasing.
+        dropout: probability of an element of a layer's output (not the last's) being zeroed, in [0, 1].
+        training: whether the dropouts are active.
+        recurrent_dropout: probability of an element of h_{t-1} being zeroed before its product with
+            weight_hh, in [0, 1]; the h carried on is not dropped.
+        recurrent_dropout_mode: "step", a fresh mask each time step, or "sequence", one for all of
+            them (Gal & Ghahramani 2016).
+        recurrent_dropout_mask: (L * D, T or 1, B, K), used as given in place of drawn masks, whether
+            `training` or not.
+        backend: "auto", "triton", "eager" or "torch".
+
+    Returns:
+        The output, shaped as the input with D * K in place of I, and the final h and c, shaped as `hx`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument has the wrong type, value or shape; the
+            message names it, what was given and what is accepted.
+    """
+    options = Options(
+        num_layers, bias, dropout, training, bidirectional, batch_first,
+        recurrent_dropout, recurrent_dropout_mode, backend,
+    )  # fmt: skip
+    check_options(options)
+    check_tensors(input, hx, weights, batch_sizes, options)
+    check_mask(recurrent_dropout_mask, input, hx, batch_sizes, options)
+    return run(input, batch_sizes, hx, weights, options, recurrent_dropout_mask)
+
+
+def run(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    hx: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    options: Options,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`lstm` without its checks of shapes and options."""
+    drops = mask is not None or (options.training and options.recurrent_dropout > 0)
+    backend = options.backend
+    if backend == "auto":
+        backend = backends.auto(input, packed=batch_sizes is not None, drops=drops)
+    if backend == "torch":
+        if drops:
+            raise ValueError("backend='torch' has no recurrent dropout; use 'auto', 'eager' or 'triton'")
+        return backends.torch_lstm(input, batch_sizes, hx, weights, options)
+    check_devices(input, hx, weights)
+    if backend == "triton":
+        backends.check_triton(input.device)
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        # What PyTorch's own RNN operators do: the lower precision throughout.
+        low = torch.get_autocast_dtype(device)
+        input, mask, *rest = (
+            x.to(low) if x is not None and x.dtype == torch.float32 else x
+            for x in (input, mask, *hx, *weights)
+        )
+        hx, weights = (rest[0], rest[1]), rest[2:]
+        with torch.autocast(device, enabled=False):
+            return _stack(input, batch_sizes, hx, weights, options, backend, mask, drops)
+    return _stack(input, batch_sizes, hx, weights, options, backend, mask, drops)
+
+
+def _stack(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    hx: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    options: Options,
+    backend: str,
+    mask: Tensor | None,
+    drops: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer after layer through our operator."""
+    directions = 2 if options.bidirectional else 1
+    h0, c0 = (x.contiguous() for x in hx)
+    dense = batch_sizes is None
+    if dense:
+        if options.batch_first:
+            input = input.transpose(0, 1)
+        steps, batch = input.shape[:2]
+        x = input.reshape(steps * batch, input.size(2))
+    else:
+        assert batch_sizes is not None
+        steps, x = batch_sizes.size(0), input.contiguous()
+    seed = None
+    if drops and mask is None:
+        seed = torch.randint(2**63 - 1, (1,), device=input.device)
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in (x, h0, c0, *weights))
+    each = len(weights) // options.num_layers
+    per_step = options.recurrent_dropout_mode == "step"
+    hn, cn = [], []
+    for k in range(options.num_layers):
+        if k and options.dropout > 0 and options.training:
+            x = F.dropout(x, options.dropout, True)
+        rows = slice(k * directions, (k + 1) * directions)
+        layer_mask = None if mask is None else mask[rows].to(state_dtype(x.dtype))
+        layer_seed = seed
+        if seed is not None and backend == "eager":  # its masks are drawn outside, at once
+            drawing = RecurrentDropout(None, seed, options.recurrent_dropout, per_step, rows.start)
+            layer_mask, layer_seed = drawing.drawn(steps, h0[rows].to(state_dtype(x.dtype))), None
+        x, h, c, *_ = layer_op(
+            x, batch_sizes, h0[rows], c0[rows], weights[k * each : (k + 1) * each], options.bias,
+            layer_mask, layer_seed, options.recurrent_dropout, per_step, rows.start, backend, save,
+        )  # fmt: skip
+        hn.append(h)
+        cn.append(c)
+    if dense:
+        x = x.view(steps, batch, x.size(1))
+        if options.batch_first:
+            x = x.transpose(0, 1)
+    if len(hn) == 1:
+        return x, hn[0], cn[0]
+    return x, torch.cat(hn), torch.cat(cn)
+
+
+def check_probability(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(
+            f"{name} should be a number in range [0, 1] representing the probability of an element "
+            f"being zeroed, got {value!r}"
+        )
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} should be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_options(options: Options) -> None:
+    """Raises where an option has the wrong type or value."""
+    check_probability("dropout", options.dropout)
+    check_probability("recurrent_dropout", options.recurrent_dropout)
+    check_choice("recurrent_dropout_mode", options.recurrent_dropout_mode, MODES)
+    check_choice("backend", options.backend, backends.BACKENDS)
+    if isinstance(options.num_layers, bool) or not isinstance(options.num_layers, int) or options.num_layers < 1:
+        raise ValueError(f"num_layers should be an integer of at least 1, got {options.num_layers!r}")
+
+
+def check_devices(input: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor]) -> None:
+    """Raises where tensors lie on several devices, as PyTorch's operator does."""
+    for name, tensors in (("hx", hx), ("weights", weights)):
+        for x in tensors:
+            if x.device != input.device:
+                raise RuntimeError(
+                    f"input, hx and weights should be on one device: input is on {input.device}, "
+                    f"found {name} on {x.device}"
+                )
+
+
+def check_tensors(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    options: Options,
+) -> None:
+    """Raises where a tensor has the wrong shape, dtype or device."""
+    if not input.is_floating_point():
+        raise ValueError(f"input should be of a floating point dtype, got {input.dtype}")
+    if len(hx) != 2:
+        raise ValueError(f"hx should be a pair (h, c), got {len(hx)} tensors")
+    expected = 3 if batch_sizes is None else 2
+    if input.dim() != expected:
+        raise ValueError(f"input should have {expected} dimensions, got shape {tuple(input.shape)}")
+    steps, batch = batch_of(input, batch_sizes, options.batch_first)
+    if steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    count = options.num_layers * (2 if options.bidirectional else 1)
+    (h, c), hidden = hx, hx[1].size(-1)
+    size = h.size(-1)
+    each = 2 + 2 * options.bias + (size != hidden)
+    if len(weights) != count * each:
+        raise ValueError(
+            f"weights should be {each} tensors for each of {count} layers and directions, got {len(weights)}"
+        )
+    for name, state, width in (("hx[0]", h, size), ("hx[1]", c, hidden)):
+        if tuple(state.shape) != (count, batch, width):
+            raise RuntimeError(f"{name} should have shape {(count, batch, width)}, got {tuple(state.shape)}")
+    for k, w in enumerate(weights):
+        deep = k // each >= (2 if options.bidirectional else 1)
+        width = size * (2 if options.bidirectional else 1) if deep else input.size(-1)
+        shapes = [(4 * hidden, width), (4 * hidden, size)]
+        shapes += [(4 * hidden,)] * 2 if options.bias else []
+        shapes += [(size, hidden)] if size != hidden else []
+        if tuple(w.shape) != shapes[k % each]:
+            raise RuntimeError(f"weights[{k}] should have shape {shapes[k % each]}, got {tuple(w.shape)}")
+    if not torch._C._is_any_autocast_enabled():
+        for name, x in [("hx[0]", h), ("hx[1]", c), *((f"weights[{k}]", w) for k, w in enumerate(weights))]:
+            if x.dtype != input.dtype:
+                raise ValueError(f"{name} should have the dtype of input, {input.dtype}, got {x.dtype}")
+    check_devices(input, hx, weights)
+
+
+def check_mask(
+    mask: Tensor | None, input: Tensor, hx: tuple[Tensor, Tensor], batch_sizes: Tensor | None, options: Options
+) -> None:
+    """Raises where a given recurrent dropout mask has the wrong shape or device."""
+    if mask is None:
+        return
+    steps, _ = batch_of(input, batch_sizes, options.batch_first)
+    count, batch, size = hx[0].shape
+    accepted = [(count, steps, batch, size), (count, 1, batch, size)]
+    if tuple(mask.shape) not in accepted or mask.device != input.device:
+        raise ValueError(
+            f"recurrent_dropout_mask should have shape {accepted[0]} or {accepted[1]} and be on {input.device}, "
+            f"got shape {tuple(mask.shape)} on {mask.device}"
+        )
+
+
+def batch_of(input: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> tuple[int, int]:
+    """Time steps T and batch B of an input."""
+    if batch_sizes is not None:
+        return batch_sizes.size(0), int(batch_sizes[0])
+    steps, batch = input.shape[:2]
+    return (batch, steps) if batch_first else (steps, batch)

@@ -1,0 +1,164 @@
+"""`TritonLSTM`: what `torch.nn.LSTM` is, with more ways to run and recurrent dropout."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lstm_triton import functional
+from lstm_triton.backends import BACKENDS
+from lstm_triton.functional import Options, check_choice, check_probability
+
+
+class TritonLSTM(nn.RNNBase):
+    r"""A drop-in `torch.nn.LSTM`: same arguments, inputs, outputs, parameters and state_dict.
+
+    For T time steps, batch size B, L layers, D directions, hidden size H and K = `proj_size` or H:
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
+            device, dtype: as of `torch.nn.LSTM`.
+        recurrent_dropout: probability of an element of :math:`h_{t-1}` being zeroed before its
+            product with `weight_hh`, in training; the h carried on is not dropped.
+        recurrent_dropout_mode: "step", a fresh mask each time step, or "sequence", one for all
+            time steps (Gal & Ghahramani, "A theoretically grounded application of dropout in
+            recurrent neural networks", 2016).
+        backend: "torch", PyTorch's own operator (cuDNN, oneDNN); "eager", the recurrence in
+            PyTorch operations with its backward by hand, on any device; "triton", our kernels;
+            "auto", the best of them for the call.
+
+    Inputs: input, (h_0, c_0)
+        - **input**: (T, B, input_size), with `batch_first` (B, T, input_size), unbatched
+          (T, input_size), or a `torch.nn.utils.rnn.PackedSequence`; floating point.
+        - **h_0**: (L * D, B, K) and **c_0**: (L * D, B, H), unbatched without B. Default: zeros.
+
+    Outputs: output, (h_n, c_n)
+        - **output**: as the input, with D * K in place of input_size.
+        - **h_n**, **c_n**: shaped as h_0 and c_0.
+
+    Raises:
+        TypeError, ValueError: an argument of the constructor has a wrong type or value.
+        RuntimeError, ValueError: an input has a wrong shape, dtype or device, as of `torch.nn.LSTM`.
+
+    Where it differs: `isinstance(module, torch.nn.LSTM)` is False, since `torch.compile` refuses
+    every instance of that class. `lstm_triton.revert` makes the module a `torch.nn.LSTM`.
+
+    Source: Hochreiter & Schmidhuber, "Long short-term memory", 1997; Sak et al. 2014 (projections).
+    """
+
+    __constants__ = [*nn.RNNBase.__constants__, "recurrent_dropout", "recurrent_dropout_mode", "backend"]
+
+    recurrent_dropout: float
+    recurrent_dropout_mode: str
+    backend: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recurrent_dropout: float = 0.0,
+        recurrent_dropout_mode: str = "step",
+        backend: str = "auto",
+    ) -> None:
+        for name, value in (("num_layers", num_layers), ("proj_size", proj_size)):
+            if not isinstance(value, int):
+                raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
+        check_probability("recurrent_dropout", recurrent_dropout)
+        check_choice("recurrent_dropout_mode", recurrent_dropout_mode, functional.MODES)
+        check_choice("backend", backend, BACKENDS)
+        if backend == "torch" and recurrent_dropout > 0:
+            raise ValueError("backend='torch' has no recurrent dropout; use 'auto', 'eager' or 'triton'")
+        super().__init__(
+            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        self.recurrent_dropout = float(recurrent_dropout)
+        self.recurrent_dropout_mode = recurrent_dropout_mode
+        self.backend = backend
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.recurrent_dropout:
+            text += f", recurrent_dropout={self.recurrent_dropout}"
+            if self.recurrent_dropout_mode != "step":
+                text += f", recurrent_dropout_mode={self.recurrent_dropout_mode!r}"
+        if self.backend != "auto":
+            text += f", backend={self.backend!r}"
+        return text
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        self._update_flat_weights()
+        if isinstance(input, PackedSequence):
+            data, batch_sizes, order, restore = input
+            hx = self._states(data, int(batch_sizes[0]), hx, order)
+            self._check(data, hx, batch_sizes)
+            output, hn, cn = self._run(data, batch_sizes, hx)
+            if restore is not None:
+                hn, cn = hn.index_select(1, restore), cn.index_select(1, restore)
+            return PackedSequence(output, batch_sizes, order, restore), (hn, cn)
+
+        if input.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        if input.dim() == 3:
+            if hx is not None and (hx[0].dim() != 3 or hx[1].dim() != 3):
+                raise RuntimeError(
+                    "For batched 3-D input, hx and cx should also be 3-D but got "
+                    f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+                )
+            hx = self._states(input, input.size(0 if self.batch_first else 1), hx)
+            self._check(input, hx, None)
+            output, hn, cn = self._run(input, None, hx)
+            return output, (hn, cn)
+
+        if hx is not None:
+            if hx[0].dim() != 2 or hx[1].dim() != 2:
+                raise RuntimeError(
+                    "For unbatched 2-D input, hx and cx should also be 2-D but got "
+                    f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+                )
+            hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        batch_dim = 0 if self.batch_first else 1
+        output, (hn, cn) = self.forward(input.unsqueeze(batch_dim), hx)
+        return output.squeeze(batch_dim), (hn.squeeze(1), cn.squeeze(1))  # type: ignore[union-attr]
+
+    def _states(
+        self, input: Tensor, batch: int, hx: tuple[Tensor, Tensor] | None, order: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The initial states: those given, in the order of a packed batch, or zeros."""
+        if hx is not None:
+            return hx if order is None else (hx[0].index_select(1, order), hx[1].index_select(1, order))
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        c = input.new_zeros(count, batch, self.hidden_size)
+        return (input.new_zeros(count, batch, self.proj_size) if self.proj_size else c), c
+
+    def _check(self, input: Tensor, hx: tuple[Tensor, Tensor], batch_sizes: Tensor | None) -> None:
+        self.check_input(input, batch_sizes)
+        expected = self.get_expected_hidden_size(input, batch_sizes)
+        self.check_hidden_size(hx[0], expected, "Expected hidden[0] size {}, got {}")
+        expected = (*expected[:2], self.hidden_size)
+        self.check_hidden_size(hx[1], expected, "Expected hidden[1] size {}, got {}")
+
+    def _run(
+        self, input: Tensor, batch_sizes: Tensor | None, hx: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        options = Options(
+            self.num_layers, self.bias, self.dropout, self.training, self.bidirectional, self.batch_first,
+            self.recurrent_dropout, self.recurrent_dropout_mode, self.backend,
+        )  # fmt: skip
+        return functional.run(input, batch_sizes, hx, self._flat_weights, options)  # type: ignore[arg-type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        defaults = {"recurrent_dropout": 0.0, "recurrent_dropout_mode": "step", "backend": "auto"}
+        super().__setstate__(defaults | state)

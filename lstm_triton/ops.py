@@ -1,0 +1,245 @@
+"""One LSTM layer, both directions, as PyTorch operators with gradients to any order.
+
+The input product of all steps is one GEMM before the recurrence; the gradients of weights,
+biases and input are GEMMs after it. Only the recurrence itself has several ways to run.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lstm_triton import eager, reference
+from lstm_triton.reference import by_direction
+from lstm_triton.recurrence import Gradients, Layout, Recurrence, RecurrentDropout
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums and cell states are kept in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rnn_precision(device: torch.device) -> str:
+    """"tf32" where PyTorch's setting for RNNs allows it on this device, else "ieee"."""
+    allowed = device.type == "cuda" and torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+@contextmanager
+def gemms_as_rnn(input: Tensor) -> Iterator[None]:
+    """float32 GEMMs in the precision that PyTorch's setting for RNNs allows, as cuDNN's are."""
+    matmul = torch.backends.cuda.matmul
+    wanted = rnn_precision(input.device)
+    given = matmul.fp32_precision
+    if input.dtype != torch.float32 or input.device.type != "cuda" or given == wanted:
+        yield
+        return
+    matmul.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = given
+
+
+@torch.library.custom_op("lstm_triton::layer", mutates_args=())
+def layer(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    hx: Tensor,
+    cx: Tensor,
+    weights: list[Tensor],
+    bias: bool,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    per_step: bool,
+    stream: int,
+    backend: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Runs one layer.
+
+    Args:
+        input: (N, I), contiguous; layout as `lstm_triton.recurrence` says.
+        batch_sizes: None for a dense batch, else (T,) on the CPU.
+        hx, cx: (D, B, K), (D, B, H).
+        weights, bias: as `lstm_triton.reference.layer` takes them.
+        mask, seed, p, per_step, stream: the fields of `RecurrentDropout`; "eager" takes masks only.
+        backend: "eager" or "triton".
+        save: whether gates and c are kept for backward.
+
+    Returns:
+        The fields of `Recurrence`.
+    """
+    dtype = input.dtype
+    dropout = RecurrentDropout(mask, seed, p, per_step, stream)
+    if backend == "eager" and dtype in _HALF:  # its cell state is then float32 as everywhere
+        input, hx, cx, *weights = (x.float() for x in (input, hx, cx, *weights))
+    layout = Layout.of(input.size(0), hx.size(1), batch_sizes)
+    directions = by_direction(weights, bias, hx.size(2) != cx.size(2))
+    gates = input.new_empty(len(directions), input.size(0), 4 * cx.size(2))
+    with gemms_as_rnn(input):
+        for out, (w_ih, _, b_ih, b_hh, _) in zip(gates, directions, strict=True):
+            if b_ih is None or b_hh is None:
+                torch.mm(input, w_ih.t(), out=out)
+            else:
+                torch.addmm(b_ih + b_hh, input, w_ih.t(), out=out)
+        if backend == "eager":
+            result = eager.forward(gates, hx, cx, *_recurrent(directions), layout, mask, save)
+        else:
+            from lstm_triton import plan
+
+            result = plan.forward(gates, hx, cx, *_recurrent(directions), layout, dropout, save)
+    if backend == "eager" and dtype in _HALF:
+        output, hn, cn = (x.to(dtype) for x in result[:3])
+        return output, hn, cn, result.gates, result.c
+    return tuple(result)
+
+
+def _recurrent(directions: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """weight_hh and (empty without projections) weight_hr of each direction."""
+    return [d[1] for d in directions], [d[4] for d in directions if d[4] is not None]
+
+
+@layer.register_fake
+def _(input, batch_sizes, hx, cx, weights, bias, mask, seed, p, per_step, stream, backend, save):
+    total, (directions, batch, size), hidden = input.size(0), hx.shape, cx.size(2)
+    kept = state_dtype(input.dtype)
+    gates = (directions, total, 4 * hidden) if save else (0,)
+    return (
+        input.new_empty(total, directions * size),
+        input.new_empty(directions, batch, size),
+        input.new_empty(directions, batch, hidden),
+        input.new_empty(gates, dtype=kept if backend == "eager" else input.dtype),
+        input.new_empty((directions, total, hidden) if save else (0,), dtype=kept),
+    )
+
+
+@torch.library.custom_op("lstm_triton::layer_backward", mutates_args=())
+def layer_backward(
+    doutput: Tensor,
+    dhn: Tensor,
+    dcn: Tensor,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    hx: Tensor,
+    cx: Tensor,
+    weights: list[Tensor],
+    bias: bool,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    per_step: bool,
+    stream: int,
+    backend: str,
+    output: Tensor,
+    gates: Tensor,
+    c: Tensor,
+    input_wanted: bool,
+    weights_wanted: bool,
+) -> list[Tensor]:
+    """The gradients of `layer`: those of input, hx, cx and of each of `weights`.
+
+    Those of the input and of the weights are empty where they aren't wanted.
+    """
+    dtype = input.dtype
+    dropout = RecurrentDropout(mask, seed, p, per_step, stream)
+    if backend == "eager" and dtype in _HALF:
+        doutput, dhn, dcn, input, hx, cx, output, *weights = (
+            x.float() for x in (doutput, dhn, dcn, input, hx, cx, output, *weights)
+        )
+    layout = Layout.of(input.size(0), hx.size(1), batch_sizes)
+    directions = by_direction(weights, bias, hx.size(2) != cx.size(2))
+    saved = Recurrence(output, dhn, dcn, gates, c)
+    with gemms_as_rnn(input):
+        if backend == "eager":
+            found = eager.backward(doutput, dhn, dcn, saved, hx, cx, *_recurrent(directions), layout, mask)
+        else:
+            from lstm_triton import plan
+
+            found = plan.backward(doutput, dhn, dcn, saved, hx, cx, *_recurrent(directions), layout, dropout)
+        dinput = torch.empty_like(input) if input_wanted else input.new_empty(0)
+        if input_wanted:
+            for d, (w_ih, *_) in enumerate(directions):
+                torch.addmm(dinput, found.dgates[d], w_ih, beta=int(d > 0), out=dinput)
+        dweights = (
+            _weight_gradients(found, saved, input, bias)
+            if weights_wanted
+            else [w.new_empty(0) for w in weights]
+        )
+    gradients = [dinput, found.dhx, found.dcx, *dweights]
+    return [x.to(dtype) for x in gradients]
+
+
+def _weight_gradients(found: Gradients, saved: Recurrence, input: Tensor, bias: bool) -> list[Tensor]:
+    gradients = []
+    hidden = saved.c.size(2)
+    for d, da in enumerate(found.dgates):
+        gradients += [da.t() @ input, da.t() @ found.h_prev[d]]
+        if bias:
+            db = da.sum(0)
+            gradients += [db, db.clone()]  # operators may not return one tensor twice
+        if found.dh.numel():
+            q = (saved.gates[d, :, 3 * hidden :] * torch.tanh(saved.c[d])).to(da.dtype)
+            gradients.append(found.dh[d].t() @ q)
+    return gradients
+
+
+@layer_backward.register_fake
+def _(
+    doutput, dhn, dcn, input, batch_sizes, hx, cx, weights, bias, mask, seed, p, per_step, stream, backend,
+    output, gates, c, input_wanted, weights_wanted,
+):  # fmt: skip
+    return [
+        input.new_empty(input.shape if input_wanted else 0),
+        input.new_empty(hx.shape),
+        input.new_empty(cx.shape),
+        *(w.new_empty(w.shape if weights_wanted else 0) for w in weights),
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, batch_sizes, hx, cx, weights, bias, mask, seed, *ctx.options, _ = inputs
+    y, _, _, gates, c = output
+    ctx.bias = bias
+    ctx.mark_non_differentiable(gates, c)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, batch_sizes, hx, cx, mask, seed, y, gates, c, *weights)
+
+
+def _backward(ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, *_: None) -> tuple[Any, ...]:
+    input, batch_sizes, hx, cx, mask, seed, y, gates, c, *weights = ctx.saved_tensors
+    p, per_step, stream, backend = ctx.options
+    dy = torch.zeros_like(y) if dy is None else dy.contiguous()
+    dhn = torch.zeros_like(hx) if dhn is None else dhn.contiguous()
+    dcn = torch.zeros_like(cx) if dcn is None else dcn.contiguous()
+    input_wanted, weights_wanted = ctx.needs_input_grad[0], any(w.requires_grad for w in weights)
+    if torch.is_grad_enabled():  # a graph of this backward is wanted: take the plainly written layer's
+        steps = Layout.of(input.size(0), hx.size(1), batch_sizes).steps
+        mask = RecurrentDropout(mask, seed, p, per_step, stream).drawn(steps, hx)
+
+        def rerun(input: Tensor, hx: Tensor, cx: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+            return reference.layer(input, hx, cx, list(weights), ctx.bias, batch_sizes, mask)
+
+        gradients = reference.differentiable_vjp(rerun, [input, hx, cx, *weights], [dy, dhn, dcn])
+    else:
+        gradients = layer_backward(
+            dy, dhn, dcn, input, batch_sizes, hx, cx, weights, ctx.bias, mask, seed, *ctx.options,
+            y, gates, c, input_wanted, weights_wanted,
+        )  # fmt: skip
+    dinput, dhx, dcx, *dweights = gradients
+    return (
+        dinput if input_wanted else None,
+        None,
+        dhx,
+        dcx,
+        dweights if weights_wanted else [None] * len(weights),
+        *[None] * 8,
+    )
+
+
+layer.register_autograd(_backward, setup_context=_setup_context)

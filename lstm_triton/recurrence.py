@@ -1,0 +1,116 @@
+"""What every strategy of running the recurrence takes and returns.
+
+Every recurrence here runs on flat data: the rows of all time steps, one step after the other,
+as in `torch.nn.utils.rnn.PackedSequence.data`. A dense batch (T, B, ·) is the case in which
+each step has B rows. N is the number of rows in all, D the number of directions, H the hidden
+size and K the size of h: `proj_size` where there is one, else H.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lstm_triton import dropout
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each time step's rows are: step t holds batch rows 0 … rows[t]-1 at starts[t] …"""
+
+    starts: list[int]
+    rows: list[int]
+    batch: int  # B: rows[0], the most of any step
+
+    @classmethod
+    def dense(cls, steps: int, batch: int) -> "Layout":
+        return cls([t * batch for t in range(steps)], [batch] * steps, batch)
+
+    @classmethod
+    def of(cls, total: int, batch: int, batch_sizes: Tensor | None) -> "Layout":
+        """From N, B and, for a packed batch, the (T,) numbers of rows of the steps."""
+        if batch_sizes is None:
+            return cls.dense(total // batch, batch)
+        rows = batch_sizes.tolist()
+        starts = [0] * len(rows)
+        for t in range(1, len(rows)):
+            starts[t] = starts[t - 1] + rows[t - 1]
+        return cls(starts, rows, batch)
+
+    @property
+    def steps(self) -> int:
+        return len(self.rows)
+
+    @property
+    def total(self) -> int:
+        return self.starts[-1] + self.rows[-1]
+
+    @property
+    def is_dense(self) -> bool:
+        return self.rows[-1] == self.batch
+
+    def order(self, reverse: bool) -> range:
+        """Time steps in the order in which a direction passes them."""
+        return range(self.steps - 1, -1, -1) if reverse else range(self.steps)
+
+    def previous(self, flat: Tensor, initial: Tensor, reverse: bool) -> Tensor:
+        """The state before each step, in the order of `reverse`.
+
+        Args:
+            flat: (N, ·) the state after each step.
+            initial: (B, ·) the state before the first one.
+        """
+        if self.is_dense:
+            if reverse:
+                return torch.cat([flat[self.batch :], initial])
+            return torch.cat([initial, flat[: -self.batch]])
+        pieces = []
+        for t in range(self.steps):
+            source, rows = (t + 1, self.rows[t]) if reverse else (t - 1, self.rows[t])
+            known = min(rows, self.rows[source]) if 0 <= source < self.steps else 0
+            if known:
+                pieces.append(flat[self.starts[source] : self.starts[source] + known])
+            if known < rows:
+                pieces.append(initial[known:rows])
+        return torch.cat(pieces)
+
+
+class RecurrentDropout(NamedTuple):
+    """What h_{t-1} is multiplied by before its product: a mask given, or a seed to draw one from."""
+
+    mask: Tensor | None = None  # (D, T or 1, B, K)
+    seed: Tensor | None = None  # one int64 on the device
+    p: float = 0.0
+    per_step: bool = True  # a fresh mask each time step, else one for the sequence
+    stream: int = 0  # that of direction 0; direction 1 has the next
+
+    def drawn(self, steps: int, hx: Tensor) -> Tensor | None:
+        """The mask as a tensor (D, T or 1, B, K) in the dtype of `hx`, (D, B, K); None without dropout."""
+        if self.seed is None:
+            return None if self.mask is None else self.mask.to(hx.dtype)
+        directions, batch, size = hx.shape
+        count = steps if self.per_step else 1
+        streams = range(self.stream, self.stream + directions)
+        masks = [dropout.recurrent_mask(self.seed, count, batch, size, self.p, s, hx.dtype) for s in streams]
+        return torch.stack(masks)
+
+
+class Recurrence(NamedTuple):
+    """What forward returns."""
+
+    output: Tensor  # (N, D * K)
+    hn: Tensor  # (D, B, K)
+    cn: Tensor  # (D, B, H)
+    gates: Tensor  # (D, N, 4H) activated i, f, g, o; empty where nothing is saved
+    c: Tensor  # (D, N, H) float32 or float64; empty where nothing is saved
+
+
+class Gradients(NamedTuple):
+    """What backward returns: all that the weight gradients are products of."""
+
+    dgates: Tensor  # (D, N, 4H) with respect to the gates before activation
+    dhx: Tensor  # (D, B, K)
+    dcx: Tensor  # (D, B, H)
+    h_prev: Tensor  # (D, N, K) the masked h that each step multiplied
+    dh: Tensor  # (D, N, K) with respect to each step's h; empty without projections
