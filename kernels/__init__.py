@@ -1,1 +1,12 @@
-"""Triton kernels and their launchers."""
+"""The Triton kernels, each file with one strategy's pass and, under the kernel, its launcher.
+
+Imported as `lstm_triton.kernels`, on first use only: `TRITON_INTERPRET` is read at that moment.
+"""
+
+from lstm_triton.kernels import persistent, step
+from lstm_triton.kernels.blocks import INTERPRETED
+from lstm_triton.kernels.launch import Launch
+
+STRATEGIES = {"persistent": persistent, "step": step}
+
+__all__ = ["INTERPRETED", "STRATEGIES", "Launch", "persistent", "step"]

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from lstm_triton import backends
 from lstm_triton.ops import layer as layer_op
-from lstm_triton.ops import state_dtype
-from lstm_triton.recurrence import RecurrentDropout
+from lstm_triton.recurrence import RecurrentDropout, state_dtype
 
 MODES = ("step", "sequence")
 

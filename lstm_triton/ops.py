@@ -11,22 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lstm_triton import eager, reference
+from lstm_triton import eager, plan, reference
 from lstm_triton.reference import by_direction
-from lstm_triton.recurrence import Gradients, Layout, Recurrence, RecurrentDropout
+from lstm_triton.recurrence import Gradients, Layout, Recurrence, RecurrentDropout, rnn_precision, state_dtype
 
 _HALF = (torch.float16, torch.bfloat16)
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums and cell states are kept in: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def rnn_precision(device: torch.device) -> str:
-    """"tf32" where PyTorch's setting for RNNs allows it on this device, else "ieee"."""
-    allowed = device.type == "cuda" and torch.backends.cudnn.rnn.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
 
 
 @contextmanager
@@ -91,8 +80,6 @@ def layer(
         if backend == "eager":
             result = eager.forward(gates, hx, cx, *_recurrent(directions), layout, mask, save)
         else:
-            from lstm_triton import plan
-
             result = plan.forward(gates, hx, cx, *_recurrent(directions), layout, dropout, save)
     if backend == "eager" and dtype in _HALF:
         output, hn, cn = (x.to(dtype) for x in result[:3])
@@ -159,8 +146,6 @@ def layer_backward(
         if backend == "eager":
             found = eager.backward(doutput, dhn, dcn, saved, hx, cx, *_recurrent(directions), layout, mask)
         else:
-            from lstm_triton import plan
-
             found = plan.backward(doutput, dhn, dcn, saved, hx, cx, *_recurrent(directions), layout, dropout)
         dinput = torch.empty_like(input) if input_wanted else input.new_empty(0)
         if input_wanted:

@@ -114,3 +114,14 @@ class Gradients(NamedTuple):
     dcx: Tensor  # (D, B, H)
     h_prev: Tensor  # (D, N, K) the masked h that each step multiplied
     dh: Tensor  # (D, N, K) with respect to each step's h; empty without projections
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums and cell states are kept in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rnn_precision(device: torch.device) -> str:
+    """"tf32" where PyTorch's setting for RNNs allows it on this device, else "ieee"."""
+    allowed = device.type == "cuda" and torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"

@@ -1,0 +1,78 @@
+"""Pieces that every kernel is made of: products, tanh, recurrent dropout, ragged rows."""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRETED = knobs.runtime.interpret
+
+# Triton's interpreter multiplies the raw bits of bfloat16 operands.
+_UPCAST_BF16 = tl.constexpr(INTERPRETED)
+_ROUNDS = tl.constexpr(7)  # as lstm_triton.dropout.ROUNDS, which says why
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in the accumulator's precision; `PRECISION` ("ieee" or "tf32") is for float32 operands."""
+    if _UPCAST_BF16 and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def tanh(x):
+    """tanh, finite for every x; relative error below 1e-6 in float32, 1e-15 / |x| in float64."""
+    e = tl.exp(-2 * tl.abs(x))
+    far = (1 - e) / (1 + e)
+    y = tl.where(x < 0, -far, far)
+    if x.dtype == tl.float32:
+        # 1 - e loses digits near 0: the series there, whose next term is below 1e-8 of the result.
+        s = x * x
+        near = x * (1 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835)))))
+        y = tl.where(s < 0.0625, near, y)
+    return y
+
+
+@triton.jit
+def drawn_mask(seed, stream, t, rows, first, threshold, scale, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr):
+    """The recurrent dropout mask of rows `rows` and units first … first + BLOCK - 1 (multiples of 4).
+
+    Bit for bit that of `lstm_triton.dropout.recurrent_mask`: a Philox call draws four units.
+    """
+    quads = first // 4 + tl.arange(0, BLOCK // 4)
+    unit = quads[None, :] + tl.zeros((BLOCK_B, 1), tl.int32)
+    row = rows[:, None].to(tl.int32) + tl.zeros((1, BLOCK // 4), tl.int32)
+    step = tl.full((BLOCK_B, BLOCK // 4), 0, tl.int32) + t
+    streams = tl.full((BLOCK_B, BLOCK // 4), 0, tl.int32) + stream
+    w0, w1, w2, w3 = tl.philox(seed, unit, row, step, streams, _ROUNDS)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_B, BLOCK))
+    return tl.where((words >> 1).to(tl.int32) >= threshold, scale, 0.0)
+
+
+@triton.jit
+def mask_tile(
+    mask_ptr,  # (D, T or 1, B, K) where DROPOUT is "given", else one int64, the seed
+    d, t, steps, B, rows, first, units, live, threshold, scale, stream,
+    K: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What h_{t-1} is multiplied by: rows `rows`, units first … of direction d."""
+    which = t if PER_STEP else 0
+    if DROPOUT == "given":
+        at = (((d * steps + which).to(tl.int64) * B + rows) * K)[:, None] + units[None, :]
+        return tl.load(mask_ptr + at, mask=live[:, None] & (units < K)[None, :], other=0.0)
+    else:
+        return drawn_mask(tl.load(mask_ptr), stream + d, which, rows, first, threshold, scale, BLOCK_B, BLOCK)
+
+
+@triton.jit
+def rows_of_step(offsets_ptr, t, B, rows, RAGGED: tl.constexpr):
+    """Where batch rows `rows` are among the N at step t, and which of them that step has."""
+    if RAGGED:
+        start = tl.load(offsets_ptr + t)
+        live = rows < tl.load(offsets_ptr + t + 1) - start
+    else:
+        start = t.to(tl.int64) * B
+        live = rows < B
+    return start + rows, live

@@ -1,0 +1,88 @@
+"""What all launchers share: the arguments of a layer's kernels, checked, laid out and allocated."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lstm_triton.dropout import threshold_and_scale
+from lstm_triton.plan import Plan
+from lstm_triton.recurrence import Gradients, Layout, Recurrence, RecurrentDropout, state_dtype
+
+# Kernel arguments that vary from call to call and must not compile a kernel anew.
+RUN_TIME = ["T", "B", "N", "s", "threshold", "stream", "mask_steps"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One layer's call: its plan, sizes (`lstm_triton.recurrence`) and kernel arguments."""
+
+    plan: Plan
+    layout: Layout
+    D: int
+    T: int
+    B: int
+    N: int
+    H: int
+    K: int
+    w_hh: Tensor  # (D, 4H, K)
+    w_hr: Tensor  # (D, K, H), or empty
+    offsets: Tensor  # (T + 1) int64 first rows of the steps where ragged, or empty
+    mask: Tensor  # (D, T or 1, B, K), or the seed, or empty
+    mask_steps: int
+    drop: tuple[int, float, int]  # threshold, scale, stream
+    constants: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        gates: Tensor,
+        hx: Tensor,
+        cx: Tensor,
+        weight_hh: list[Tensor],
+        weight_hr: list[Tensor],
+        layout: Layout,
+        dropout: RecurrentDropout,
+        precision: str,
+    ) -> "Launch":
+        D, N, _ = gates.shape
+        B, H, K, T = layout.batch, cx.size(2), hx.size(2), layout.steps
+        empty = gates.new_empty(0)
+        ragged = not layout.is_dense
+        offsets = torch.tensor([*layout.starts, N], device=gates.device) if ragged else empty
+        mask, mask_steps, kind, per_step = empty, 1, "none", dropout.per_step
+        if dropout.mask is not None:
+            mask, mask_steps, kind = dropout.mask.contiguous(), dropout.mask.size(1), "given"
+            per_step = mask_steps > 1
+        elif dropout.seed is not None:
+            mask, kind = dropout.seed, "drawn"
+        return cls(
+            plan, layout, D, T, B, N, H, K,
+            _stacked(weight_hh), _stacked(weight_hr) if weight_hr else empty,
+            offsets, mask, mask_steps, (*threshold_and_scale(dropout.p), dropout.stream),
+            {
+                "D": D, "H": H, "K": K, "BLOCK_B": plan.block_b, "BLOCK_H": plan.block_h, "BLOCK_K": plan.block_k,
+                "HAS_HR": bool(weight_hr), "RAGGED": ragged, "DROPOUT": kind, "PER_STEP": per_step,
+                "PRECISION": precision, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
+            },
+        )  # fmt: skip
+
+    def recurrence(self, gates: Tensor, hx: Tensor, cx: Tensor, save: bool) -> Recurrence:
+        """Room for what forward returns; `gates` are activated in place."""
+        kept = state_dtype(gates.dtype)
+        output = gates.new_empty(self.N, self.D * self.K)
+        c = gates.new_empty((self.D, self.N, self.H) if save else (0,), dtype=kept)
+        return Recurrence(output, torch.empty_like(hx), torch.empty_like(cx), gates, c)
+
+    def gradients(self, saved: Recurrence, hx: Tensor, cx: Tensor) -> Gradients:
+        """Room for what backward returns."""
+        h_prev = hx.new_empty(self.D, self.N, self.K)
+        dh = torch.empty_like(h_prev) if self.w_hr.numel() else hx.new_empty(0)
+        return Gradients(torch.empty_like(saved.gates), torch.empty_like(hx), torch.empty_like(cx), h_prev, dh)
+
+
+def _stacked(weights: list[Tensor]) -> Tensor:
+    """(D, ·, ·), copied only where there are two directions."""
+    return torch.stack(weights) if len(weights) > 1 else weights[0].contiguous().unsqueeze(0)

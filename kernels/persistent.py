@@ -1,0 +1,226 @@
+"""`persistent`: one launch a sequence; a program owns a tile of the batch and all hidden units.
+
+Its weights are loaded once and the states stay in registers, so that no program waits for another.
+For hidden sizes whose recurrent weights one SM holds. Both directions run in the same launch.
+
+Sizes: T steps, B batch, D directions, N rows of all steps (`lstm_triton.recurrence`), H hidden
+units, K the size of h (that of the projection where HAS_HR, else H).
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lstm_triton.kernels.blocks import dot, mask_tile, rows_of_step
+from lstm_triton.kernels.cells import lstm_backward, lstm_forward
+from lstm_triton.kernels.launch import RUN_TIME, Launch
+from lstm_triton.recurrence import Gradients, Recurrence
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def forward_kernel(
+    gates_ptr,  # (D, N, 4H) in: input products; out, where SAVE: activated gates
+    y_ptr,  # (N, D * K)
+    c_ptr,  # (D, N, H) where SAVE
+    hx_ptr,  # (D, B, K)
+    cx_ptr,  # (D, B, H)
+    hn_ptr,  # (D, B, K)
+    cn_ptr,  # (D, B, H)
+    w_hh_ptr,  # (D, 4H, K)
+    w_hr_ptr,  # (D, K, H) where HAS_HR
+    offsets_ptr,  # (T + 1) where RAGGED
+    mask_ptr,  # see mask_tile
+    T, B, N, mask_steps, threshold, scale, stream,
+    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_HR: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
+    SAVE: tl.constexpr, PRECISION: tl.constexpr, CELL: tl.constexpr,
+):  # fmt: skip
+    d = tl.program_id(1)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    hs = tl.arange(0, BLOCK_H)
+    ks = tl.arange(0, BLOCK_K)
+    in_batch = rows < B
+    weight_mask = (ks < K)[:, None] & (hs < H)[None, :]
+    w_at = w_hh_ptr + d * 4 * H * K + hs[None, :] * K + ks[:, None]  # (K, H): transposed on the way in
+    w_i = tl.load(w_at, mask=weight_mask, other=0.0)
+    w_f = tl.load(w_at + H * K, mask=weight_mask, other=0.0)
+    w_g = tl.load(w_at + 2 * H * K, mask=weight_mask, other=0.0)
+    w_o = tl.load(w_at + 3 * H * K, mask=weight_mask, other=0.0)
+    if HAS_HR:
+        w_r = tl.load(w_hr_ptr + d * K * H + ks[None, :] * H + hs[:, None], mask=(hs < H)[:, None] & (ks < K)[None, :], other=0.0)
+    state_h = ((d * B + rows) * K)[:, None] + ks[None, :]
+    state_c = ((d * B + rows) * H)[:, None] + hs[None, :]
+    mask_h = in_batch[:, None] & (ks < K)[None, :]
+    mask_c = in_batch[:, None] & (hs < H)[None, :]
+    h = tl.load(hx_ptr + state_h, mask=mask_h, other=0.0)
+    c = tl.load(cx_ptr + state_c, mask=mask_c, other=0.0).to(c_ptr.dtype.element_ty)
+    for s in range(T):
+        t = s if d == 0 else T - 1 - s
+        at, live = rows_of_step(offsets_ptr, t, B, rows, RAGGED)
+        cell_mask = live[:, None] & (hs < H)[None, :]
+        g_at = gates_ptr + ((d.to(tl.int64) * N + at) * 4 * H)[:, None] + hs[None, :]
+        a_i = tl.load(g_at, mask=cell_mask, other=0.0).to(c.dtype)
+        a_f = tl.load(g_at + H, mask=cell_mask, other=0.0).to(c.dtype)
+        a_g = tl.load(g_at + 2 * H, mask=cell_mask, other=0.0).to(c.dtype)
+        a_o = tl.load(g_at + 3 * H, mask=cell_mask, other=0.0).to(c.dtype)
+        h_in = h
+        if DROPOUT != "none":
+            m = mask_tile(
+                mask_ptr, d, t, mask_steps, B, rows, 0, ks, live, threshold, scale, stream,
+                K, DROPOUT, PER_STEP, BLOCK_B, BLOCK_K,
+            )  # fmt: skip
+            h_in = (h.to(c.dtype) * m).to(h.dtype)
+        a_i = dot(h_in, w_i, a_i, PRECISION)
+        a_f = dot(h_in, w_f, a_f, PRECISION)
+        a_g = dot(h_in, w_g, a_g, PRECISION)
+        a_o = dot(h_in, w_o, a_o, PRECISION)
+        i, f, g, o, c_new, q = CELL(a_i, a_f, a_g, a_o, c)
+        if HAS_HR:
+            q = dot(q.to(h.dtype), w_r, tl.zeros((BLOCK_B, BLOCK_K), c.dtype), PRECISION)
+        if SAVE:
+            kept = gates_ptr.dtype.element_ty
+            tl.store(g_at, i.to(kept), mask=cell_mask)
+            tl.store(g_at + H, f.to(kept), mask=cell_mask)
+            tl.store(g_at + 2 * H, g.to(kept), mask=cell_mask)
+            tl.store(g_at + 3 * H, o.to(kept), mask=cell_mask)
+            tl.store(c_ptr + ((d.to(tl.int64) * N + at) * H)[:, None] + hs[None, :], c_new, mask=cell_mask)
+        y_at = y_ptr + (at * D * K + d * K)[:, None] + ks[None, :]
+        tl.store(y_at, q.to(h.dtype), mask=live[:, None] & (ks < K)[None, :])
+        h = tl.where(live[:, None], q.to(h.dtype), h)
+        c = tl.where(live[:, None], c_new, c)
+    tl.store(hn_ptr + state_h, h, mask=mask_h)
+    tl.store(cn_ptr + state_c, c.to(cn_ptr.dtype.element_ty), mask=mask_c)
+
+
+def forward(launch: Launch, gates: Tensor, hx: Tensor, cx: Tensor, save: bool) -> Recurrence:
+    """Runs the recurrence over all steps; arguments as of `lstm_triton.eager.forward`."""
+    result = launch.recurrence(gates, hx, cx, save)
+    grid = (triton.cdiv(launch.B, launch.plan.block_b), launch.D)
+    forward_kernel[grid](
+        gates, result.output, result.c, hx, cx, result.hn, result.cn,
+        launch.w_hh, launch.w_hr, launch.offsets, launch.mask,
+        launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
+        SAVE=save, CELL=lstm_forward, **launch.constants,
+    )  # fmt: skip
+    return result
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def backward_kernel(
+    dy_ptr,  # (N, D * K)
+    dhn_ptr,  # (D, B, K)
+    dcn_ptr,  # (D, B, H)
+    gates_ptr,  # (D, N, 4H) activated
+    c_ptr,  # (D, N, H)
+    y_ptr,  # (N, D * K)
+    hx_ptr,  # (D, B, K)
+    cx_ptr,  # (D, B, H)
+    dgates_ptr,  # (D, N, 4H) out
+    h_prev_ptr,  # (D, N, K) out: the masked h that each step multiplied
+    dh_ptr,  # (D, N, K) out, where HAS_HR
+    dhx_ptr,  # (D, B, K) out
+    dcx_ptr,  # (D, B, H) out
+    w_hh_ptr,  # (D, 4H, K)
+    w_hr_ptr,  # (D, K, H) where HAS_HR
+    offsets_ptr,  # (T + 1) where RAGGED
+    mask_ptr,  # see mask_tile
+    T, B, N, mask_steps, threshold, scale, stream,
+    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_HR: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
+    PRECISION: tl.constexpr, CELL: tl.constexpr,
+):  # fmt: skip
+    d = tl.program_id(1)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    hs = tl.arange(0, BLOCK_H)
+    ks = tl.arange(0, BLOCK_K)
+    in_batch = rows < B
+    weight_mask = (hs < H)[:, None] & (ks < K)[None, :]
+    w_at = w_hh_ptr + d * 4 * H * K + hs[:, None] * K + ks[None, :]  # (H, K)
+    w_i = tl.load(w_at, mask=weight_mask, other=0.0)
+    w_f = tl.load(w_at + H * K, mask=weight_mask, other=0.0)
+    w_g = tl.load(w_at + 2 * H * K, mask=weight_mask, other=0.0)
+    w_o = tl.load(w_at + 3 * H * K, mask=weight_mask, other=0.0)
+    if HAS_HR:
+        w_r = tl.load(w_hr_ptr + d * K * H + ks[:, None] * H + hs[None, :], mask=(ks < K)[:, None] & (hs < H)[None, :], other=0.0)
+    state_h = ((d * B + rows) * K)[:, None] + ks[None, :]
+    state_c = ((d * B + rows) * H)[:, None] + hs[None, :]
+    mask_h = in_batch[:, None] & (ks < K)[None, :]
+    mask_c = in_batch[:, None] & (hs < H)[None, :]
+    kept = c_ptr.dtype.element_ty
+    operand = dgates_ptr.dtype.element_ty
+    dh = tl.load(dhn_ptr + state_h, mask=mask_h, other=0.0).to(kept)
+    dc = tl.load(dcn_ptr + state_c, mask=mask_c, other=0.0).to(kept)
+    hx = tl.load(hx_ptr + state_h, mask=mask_h, other=0.0)
+    cx = tl.load(cx_ptr + state_c, mask=mask_c, other=0.0).to(kept)
+    for s in range(T):
+        t = T - 1 - s if d == 0 else s
+        before = t - 1 if d == 0 else t + 1  # the step whose state this one took
+        at, live = rows_of_step(offsets_ptr, t, B, rows, RAGGED)
+        begun = (before >= 0) & (before < T)
+        at_before, live_before = rows_of_step(offsets_ptr, tl.where(begun, before, t), B, rows, RAGGED)
+        had = live_before & begun
+        cell_mask = live[:, None] & (hs < H)[None, :]
+        h_mask = live[:, None] & (ks < K)[None, :]
+        plane = d.to(tl.int64) * N
+
+        c_prev = tl.load(c_ptr + ((plane + at_before) * H)[:, None] + hs[None, :], mask=cell_mask & had[:, None], other=0.0)
+        c_prev = tl.where(had[:, None], c_prev, cx)
+        h_prev = tl.load(y_ptr + (at_before * D * K + d * K)[:, None] + ks[None, :], mask=h_mask & had[:, None], other=0.0)
+        h_prev = tl.where(had[:, None], h_prev, hx)
+        if DROPOUT != "none":
+            m = mask_tile(
+                mask_ptr, d, t, mask_steps, B, rows, 0, ks, live, threshold, scale, stream,
+                K, DROPOUT, PER_STEP, BLOCK_B, BLOCK_K,
+            )  # fmt: skip
+            h_prev = (h_prev.to(kept) * m).to(h_prev.dtype)
+        h_at = ((plane + at) * K)[:, None] + ks[None, :]
+        tl.store(h_prev_ptr + h_at, h_prev, mask=h_mask)
+
+        dh_t = dh + tl.load(dy_ptr + (at * D * K + d * K)[:, None] + ks[None, :], mask=h_mask, other=0.0).to(kept)
+        if HAS_HR:
+            tl.store(dh_ptr + h_at, dh_t.to(operand), mask=h_mask)
+            dq = dot(dh_t.to(operand), w_r, tl.zeros((BLOCK_B, BLOCK_H), kept), PRECISION)
+        else:
+            dq = dh_t
+        g_at = ((plane + at) * 4 * H)[:, None] + hs[None, :]
+        i = tl.load(gates_ptr + g_at, mask=cell_mask, other=0.0).to(kept)
+        f = tl.load(gates_ptr + g_at + H, mask=cell_mask, other=0.0).to(kept)
+        g = tl.load(gates_ptr + g_at + 2 * H, mask=cell_mask, other=0.0).to(kept)
+        o = tl.load(gates_ptr + g_at + 3 * H, mask=cell_mask, other=0.0).to(kept)
+        c = tl.load(c_ptr + ((plane + at) * H)[:, None] + hs[None, :], mask=cell_mask, other=0.0)
+        da_i, da_f, da_g, da_o, dc_prev = CELL(i, f, g, o, c, c_prev, dq, dc)
+        da_i = da_i.to(operand)
+        da_f = da_f.to(operand)
+        da_g = da_g.to(operand)
+        da_o = da_o.to(operand)
+        tl.store(dgates_ptr + g_at, da_i, mask=cell_mask)
+        tl.store(dgates_ptr + g_at + H, da_f, mask=cell_mask)
+        tl.store(dgates_ptr + g_at + 2 * H, da_g, mask=cell_mask)
+        tl.store(dgates_ptr + g_at + 3 * H, da_o, mask=cell_mask)
+        dh_prev = dot(da_i, w_i, tl.zeros((BLOCK_B, BLOCK_K), kept), PRECISION)
+        dh_prev = dot(da_f, w_f, dh_prev, PRECISION)
+        dh_prev = dot(da_g, w_g, dh_prev, PRECISION)
+        dh_prev = dot(da_o, w_o, dh_prev, PRECISION)
+        if DROPOUT != "none":
+            dh_prev = dh_prev * m
+        dh = tl.where(live[:, None], dh_prev, dh)
+        dc = tl.where(live[:, None], dc_prev, dc)
+    tl.store(dhx_ptr + state_h, dh.to(dhx_ptr.dtype.element_ty), mask=mask_h)
+    tl.store(dcx_ptr + state_c, dc.to(dcx_ptr.dtype.element_ty), mask=mask_c)
+
+
+def backward(
+    launch: Launch, doutput: Tensor, dhn: Tensor, dcn: Tensor, saved: Recurrence, hx: Tensor, cx: Tensor
+) -> Gradients:
+    """The gradients of `forward`, from those of its outputs."""
+    found = launch.gradients(saved, hx, cx)
+    grid = (triton.cdiv(launch.B, launch.plan.block_b), launch.D)
+    backward_kernel[grid](
+        doutput, dhn, dcn, saved.gates, saved.c, saved.output, hx, cx,
+        found.dgates, found.h_prev, found.dh, found.dhx, found.dcx,
+        launch.w_hh, launch.w_hr, launch.offsets, launch.mask,
+        launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
+        CELL=lstm_backward, **launch.constants,
+    )  # fmt: skip
+    return found

@@ -1,0 +1,248 @@
+"""`step`: one launch a time step; a program owns a tile of the batch and a tile of hidden units.
+
+The four gate products and the pointwise update are one kernel; the launch boundary is what makes
+all of h_{t-1} known. For any hidden size. Both directions run in the same launches: at launch s,
+direction 0 is at step s and direction 1 at step T - 1 - s, in backward the other way round.
+
+Sizes: as in `persistent`. Projections are a GEMM of their own between the launches.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lstm_triton.kernels.blocks import dot, mask_tile, rows_of_step
+from lstm_triton.kernels.cells import lstm_backward, lstm_forward
+from lstm_triton.kernels.launch import RUN_TIME, Launch
+from lstm_triton.recurrence import Gradients, Recurrence
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def forward_kernel(
+    gates_ptr,  # (D, N, 4H) in: input products; out, where SAVE: activated gates
+    y_ptr,  # (N, D * K) out, unless HAS_HR
+    c_ptr,  # (D, N, H) out, where SAVE
+    h_ptr,  # (D, B, K) the state before this step
+    h_out_ptr,  # (D, B, K) out: the state after it; where HAS_HR (D, B, H): o * tanh(c)
+    c_state_ptr,  # (D, B, H) in and out
+    w_hh_ptr,  # (D, 4H, K)
+    offsets_ptr,  # (T + 1) where RAGGED
+    mask_ptr,  # see mask_tile
+    s, T, B, N, mask_steps, threshold, scale, stream,
+    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_HR: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
+    SAVE: tl.constexpr, PRECISION: tl.constexpr, CELL: tl.constexpr,
+):  # fmt: skip
+    d = tl.program_id(2)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    units = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    t = s if d == 0 else T - 1 - s
+    at, live = rows_of_step(offsets_ptr, t, B, rows, RAGGED)
+    in_batch = (rows < B)[:, None] & (units < H)[None, :]
+    cell_mask = live[:, None] & (units < H)[None, :]
+    kept = c_state_ptr.dtype.element_ty
+    g_at = gates_ptr + ((d.to(tl.int64) * N + at) * 4 * H)[:, None] + units[None, :]
+    a_i = tl.load(g_at, mask=cell_mask, other=0.0).to(kept)
+    a_f = tl.load(g_at + H, mask=cell_mask, other=0.0).to(kept)
+    a_g = tl.load(g_at + 2 * H, mask=cell_mask, other=0.0).to(kept)
+    a_o = tl.load(g_at + 3 * H, mask=cell_mask, other=0.0).to(kept)
+    for k in range(0, K, BLOCK_K):
+        ks = k + tl.arange(0, BLOCK_K)
+        h_at = h_ptr + ((d * B + rows) * K)[:, None] + ks[None, :]
+        h = tl.load(h_at, mask=live[:, None] & (ks < K)[None, :], other=0.0)
+        if DROPOUT != "none":
+            m = mask_tile(
+                mask_ptr, d, t, mask_steps, B, rows, k, ks, live, threshold, scale, stream,
+                K, DROPOUT, PER_STEP, BLOCK_B, BLOCK_K,
+            )  # fmt: skip
+            h = (h.to(kept) * m).to(h.dtype)
+        w_at = w_hh_ptr + d * 4 * H * K + units[None, :] * K + ks[:, None]
+        w_mask = (ks < K)[:, None] & (units < H)[None, :]
+        a_i = dot(h, tl.load(w_at, mask=w_mask, other=0.0), a_i, PRECISION)
+        a_f = dot(h, tl.load(w_at + H * K, mask=w_mask, other=0.0), a_f, PRECISION)
+        a_g = dot(h, tl.load(w_at + 2 * H * K, mask=w_mask, other=0.0), a_g, PRECISION)
+        a_o = dot(h, tl.load(w_at + 3 * H * K, mask=w_mask, other=0.0), a_o, PRECISION)
+    state_at = ((d * B + rows) * H)[:, None] + units[None, :]
+    c_prev = tl.load(c_state_ptr + state_at, mask=cell_mask, other=0.0)
+    i, f, g, o, c, q = CELL(a_i, a_f, a_g, a_o, c_prev)
+    tl.store(c_state_ptr + state_at, c, mask=cell_mask)
+    if SAVE:
+        gate = gates_ptr.dtype.element_ty
+        tl.store(g_at, i.to(gate), mask=cell_mask)
+        tl.store(g_at + H, f.to(gate), mask=cell_mask)
+        tl.store(g_at + 2 * H, g.to(gate), mask=cell_mask)
+        tl.store(g_at + 3 * H, o.to(gate), mask=cell_mask)
+        tl.store(c_ptr + ((d.to(tl.int64) * N + at) * H)[:, None] + units[None, :], c, mask=cell_mask)
+    q = q.to(h_out_ptr.dtype.element_ty)
+    if not HAS_HR:
+        tl.store(y_ptr + (at * D * K + d * K)[:, None] + units[None, :], q, mask=cell_mask)
+        if RAGGED:  # rows without this step keep their state
+            q = tl.where(live[:, None], q, tl.load(h_ptr + state_at, mask=in_batch, other=0.0))
+    tl.store(h_out_ptr + state_at, q, mask=in_batch)
+
+
+def forward(launch: Launch, gates: Tensor, hx: Tensor, cx: Tensor, save: bool) -> Recurrence:
+    """Runs the recurrence over all steps; arguments as of `lstm_triton.eager.forward`."""
+    plan, projected = launch.plan, launch.w_hr.numel() > 0
+    result = launch.recurrence(gates, hx, cx, save)
+    h, c = hx.clone(), cx.to(result.c.dtype, copy=True)
+    h_out = torch.empty_like(cx if projected else hx)
+    grid = (triton.cdiv(launch.B, plan.block_b), triton.cdiv(launch.H, plan.block_h), launch.D)
+    for s in range(launch.T):
+        forward_kernel[grid](
+            gates, result.output, result.c, h, h_out, c, launch.w_hh, launch.offsets, launch.mask,
+            s, launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
+            SAVE=save, CELL=lstm_forward, **launch.constants,
+        )  # fmt: skip
+        if projected:
+            for d, rows, at in _slices(launch, s):
+                h[d, :rows] = h_out[d, :rows] @ launch.w_hr[d].t()
+                result.output[at, d * launch.K : (d + 1) * launch.K] = h[d, :rows]
+        else:
+            h, h_out = h_out, h
+    result.hn.copy_(h)
+    result.cn.copy_(c)
+    return result
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def backward_kernel(
+    dy_ptr,  # (N, D * K)
+    gates_ptr,  # (D, N, 4H) activated
+    c_ptr,  # (D, N, H)
+    y_ptr,  # (N, D * K)
+    hx_ptr,  # (D, B, K)
+    cx_ptr,  # (D, B, H)
+    dgates_ptr,  # (D, N, 4H) out; in: that of the launch before
+    h_prev_ptr,  # (D, N, K) out: the masked h that each step multiplied
+    dh_state_ptr,  # (D, B, K) in and out: the gradient of the state after this step
+    dc_state_ptr,  # (D, B, H) in and out
+    dh_ptr,  # (D, N, K) out, stage "state" with projections
+    dq_ptr,  # (D, B, H) in, stage "cell"
+    w_hh_ptr,  # (D, 4H, K)
+    offsets_ptr,  # (T + 1) where RAGGED
+    mask_ptr,  # see mask_tile
+    s, T, B, N, mask_steps, threshold, scale, stream,
+    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_HR: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
+    PRECISION: tl.constexpr, CELL: tl.constexpr, STAGE: tl.constexpr,
+):  # fmt: skip
+    # STAGE "state": takes the gradient of h one step back, through the launch before. "cell": the
+    # pointwise backward. "both": one after the other, where h needs no projection between them.
+    d = tl.program_id(2)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    units = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    plane = d.to(tl.int64) * N
+    kept = c_ptr.dtype.element_ty
+    t = T - 1 - s if d == 0 else s
+    toward = -1 if d == 0 else 1  # to the step whose state this one took
+    if STAGE != "cell":
+        unit_mask = (units < K)[None, :]
+        state_at = ((d * B + rows) * K)[:, None] + units[None, :]
+        state_mask = (rows < B)[:, None] & unit_mask
+        dh = tl.load(dh_state_ptr + state_at, mask=state_mask, other=0.0)
+        if s > 0:
+            done = t - toward  # the step of the launch before
+            at, live = rows_of_step(offsets_ptr, done, B, rows, RAGGED)
+            acc = tl.zeros((BLOCK_B, BLOCK_H), kept)
+            for k in range(0, 4 * H, BLOCK_K):
+                ks = k + tl.arange(0, BLOCK_K)
+                da_at = dgates_ptr + ((plane + at) * 4 * H)[:, None] + ks[None, :]
+                da = tl.load(da_at, mask=live[:, None] & (ks < 4 * H)[None, :], other=0.0)
+                w_at = w_hh_ptr + d * 4 * H * K + ks[:, None] * K + units[None, :]
+                acc = dot(da, tl.load(w_at, mask=(ks < 4 * H)[:, None] & unit_mask, other=0.0), acc, PRECISION)
+            begun = (t >= 0) & (t < T)
+            at_before, live_before = rows_of_step(offsets_ptr, tl.where(begun, t, done), B, rows, RAGGED)
+            had = (live_before & begun)[:, None]
+            live_mask = live[:, None] & unit_mask
+            h_prev = tl.load(hx_ptr + state_at, mask=live_mask, other=0.0)
+            y_at = y_ptr + (at_before * D * K + d * K)[:, None] + units[None, :]
+            h_prev = tl.where(had, tl.load(y_at, mask=live_mask & had, other=0.0), h_prev)
+            if DROPOUT != "none":
+                m = mask_tile(
+                    mask_ptr, d, done, mask_steps, B, rows, tl.program_id(1) * BLOCK_H, units, live,
+                    threshold, scale, stream, K, DROPOUT, PER_STEP, BLOCK_B, BLOCK_H,
+                )  # fmt: skip
+                acc = acc * m
+                h_prev = (h_prev.to(kept) * m).to(h_prev.dtype)
+            tl.store(h_prev_ptr + ((plane + at) * K)[:, None] + units[None, :], h_prev, mask=live_mask)
+            dh = tl.where(live[:, None], acc, dh)
+            tl.store(dh_state_ptr + state_at, dh, mask=state_mask)
+    if s < T:
+        at, live = rows_of_step(offsets_ptr, t, B, rows, RAGGED)
+        if STAGE != "cell":
+            dy_at = dy_ptr + (at * D * K + d * K)[:, None] + units[None, :]
+            dq = dh + tl.load(dy_at, mask=live[:, None] & unit_mask, other=0.0).to(kept)
+        else:
+            dq_at = dq_ptr + ((d * B + rows) * H)[:, None] + units[None, :]
+            dq = tl.load(dq_at, mask=live[:, None] & (units < H)[None, :], other=0.0).to(kept)
+        if STAGE == "state":
+            dh_at = dh_ptr + ((plane + at) * K)[:, None] + units[None, :]
+            tl.store(dh_at, dq.to(dh_ptr.dtype.element_ty), mask=live[:, None] & unit_mask)
+        else:
+            before = t + toward
+            begun = (before >= 0) & (before < T)
+            at_before, live_before = rows_of_step(offsets_ptr, tl.where(begun, before, t), B, rows, RAGGED)
+            had = (live_before & begun)[:, None]
+            cell_mask = live[:, None] & (units < H)[None, :]
+            cell_at = ((d * B + rows) * H)[:, None] + units[None, :]
+            c_prev = tl.load(cx_ptr + cell_at, mask=cell_mask, other=0.0).to(kept)
+            c_at = c_ptr + ((plane + at_before) * H)[:, None] + units[None, :]
+            c_prev = tl.where(had, tl.load(c_at, mask=cell_mask & had, other=0.0), c_prev)
+            g_at = ((plane + at) * 4 * H)[:, None] + units[None, :]
+            i = tl.load(gates_ptr + g_at, mask=cell_mask, other=0.0).to(kept)
+            f = tl.load(gates_ptr + g_at + H, mask=cell_mask, other=0.0).to(kept)
+            g = tl.load(gates_ptr + g_at + 2 * H, mask=cell_mask, other=0.0).to(kept)
+            o = tl.load(gates_ptr + g_at + 3 * H, mask=cell_mask, other=0.0).to(kept)
+            c = tl.load(c_ptr + ((plane + at) * H)[:, None] + units[None, :], mask=cell_mask, other=0.0)
+            dc = tl.load(dc_state_ptr + cell_at, mask=cell_mask, other=0.0)
+            da_i, da_f, da_g, da_o, dc = CELL(i, f, g, o, c, c_prev, dq, dc)
+            gate = dgates_ptr.dtype.element_ty
+            tl.store(dgates_ptr + g_at, da_i.to(gate), mask=cell_mask)
+            tl.store(dgates_ptr + g_at + H, da_f.to(gate), mask=cell_mask)
+            tl.store(dgates_ptr + g_at + 2 * H, da_g.to(gate), mask=cell_mask)
+            tl.store(dgates_ptr + g_at + 3 * H, da_o.to(gate), mask=cell_mask)
+            tl.store(dc_state_ptr + cell_at, dc, mask=cell_mask)
+
+
+def backward(
+    launch: Launch, doutput: Tensor, dhn: Tensor, dcn: Tensor, saved: Recurrence, hx: Tensor, cx: Tensor
+) -> Gradients:
+    """The gradients of `forward`, from those of its outputs."""
+    plan, projected = launch.plan, launch.w_hr.numel() > 0
+    found = launch.gradients(saved, hx, cx)
+    dh_state, dc_state = (x.to(saved.c.dtype, copy=True) for x in (dhn, dcn))
+    dq = torch.empty_like(cx) if projected else cx
+    batch = triton.cdiv(launch.B, plan.block_b)
+
+    def run(s: int, stage: str, size: int) -> None:
+        backward_kernel[(batch, triton.cdiv(size, plan.block_h), launch.D)](
+            doutput, saved.gates, saved.c, saved.output, hx, cx,
+            found.dgates, found.h_prev, dh_state, dc_state, found.dh, dq,
+            launch.w_hh, launch.offsets, launch.mask,
+            s, launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
+            CELL=lstm_backward, STAGE=stage, **launch.constants,
+        )  # fmt: skip
+
+    for s in range(launch.T):
+        if projected:
+            run(s, "state", launch.K)
+            for d, rows, at in _slices(launch, launch.T - 1 - s):
+                dq[d, :rows] = found.dh[d, at] @ launch.w_hr[d]
+            run(s, "cell", launch.H)
+        else:
+            run(s, "both", launch.H)
+    run(launch.T, "state", launch.K)
+    found.dhx.copy_(dh_state)
+    found.dcx.copy_(dc_state)
+    return found
+
+
+def _slices(launch: Launch, s: int) -> list[tuple[int, int, slice]]:
+    """Direction, number of rows and place among the N of what forward's launch s works on."""
+    times = [s, launch.T - 1 - s][: launch.D]
+    starts, rows = launch.layout.starts, launch.layout.rows
+    return [(d, rows[t], slice(starts[t], starts[t] + rows[t])) for d, t in enumerate(times)]
