@@ -6,18 +6,29 @@ from triton import knobs
 
 INTERPRETED = knobs.runtime.interpret
 
-# Triton's interpreter multiplies the raw bits of bfloat16 operands.
-_UPCAST_BF16 = tl.constexpr(INTERPRETED)
+# Triton's interpreter multiplies the raw bits of bfloat16 operands, and cuts float32 off where it
+# makes it bfloat16; `dot` and `cast` have it do as the hardware does.
+_MEND_BF16 = tl.constexpr(INTERPRETED)
 _ROUNDS = tl.constexpr(7)  # as lstm_triton.dropout.ROUNDS, which says why
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in the accumulator's precision; `PRECISION` ("ieee" or "tf32") is for float32 operands."""
-    if _UPCAST_BF16 and a.dtype == tl.bfloat16:
+    if _MEND_BF16 and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in `dtype`, rounded to nearest even."""
+    if _MEND_BF16 and dtype == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit

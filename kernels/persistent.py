@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lstm_triton.kernels.blocks import dot, mask_tile, rows_of_step
+from lstm_triton.kernels.blocks import cast, dot, mask_tile, rows_of_step
 from lstm_triton.kernels.cells import lstm_backward, lstm_forward
 from lstm_triton.kernels.launch import RUN_TIME, Launch
 from lstm_triton.recurrence import Gradients, Recurrence
@@ -69,27 +69,27 @@ def forward_kernel(
                 mask_ptr, d, t, mask_steps, B, rows, 0, ks, live, threshold, scale, stream,
                 K, DROPOUT, PER_STEP, BLOCK_B, BLOCK_K,
             )  # fmt: skip
-            h_in = (h.to(c.dtype) * m).to(h.dtype)
+            h_in = cast(h.to(c.dtype) * m, h.dtype)
         a_i = dot(h_in, w_i, a_i, PRECISION)
         a_f = dot(h_in, w_f, a_f, PRECISION)
         a_g = dot(h_in, w_g, a_g, PRECISION)
         a_o = dot(h_in, w_o, a_o, PRECISION)
         i, f, g, o, c_new, q = CELL(a_i, a_f, a_g, a_o, c)
         if HAS_HR:
-            q = dot(q.to(h.dtype), w_r, tl.zeros((BLOCK_B, BLOCK_K), c.dtype), PRECISION)
+            q = dot(cast(q, h.dtype), w_r, tl.zeros((BLOCK_B, BLOCK_K), c.dtype), PRECISION)
         if SAVE:
-            kept = gates_ptr.dtype.element_ty
-            tl.store(g_at, i.to(kept), mask=cell_mask)
-            tl.store(g_at + H, f.to(kept), mask=cell_mask)
-            tl.store(g_at + 2 * H, g.to(kept), mask=cell_mask)
-            tl.store(g_at + 3 * H, o.to(kept), mask=cell_mask)
+            gate = gates_ptr.dtype.element_ty
+            tl.store(g_at, cast(i, gate), mask=cell_mask)
+            tl.store(g_at + H, cast(f, gate), mask=cell_mask)
+            tl.store(g_at + 2 * H, cast(g, gate), mask=cell_mask)
+            tl.store(g_at + 3 * H, cast(o, gate), mask=cell_mask)
             tl.store(c_ptr + ((d.to(tl.int64) * N + at) * H)[:, None] + hs[None, :], c_new, mask=cell_mask)
         y_at = y_ptr + (at * D * K + d * K)[:, None] + ks[None, :]
-        tl.store(y_at, q.to(h.dtype), mask=live[:, None] & (ks < K)[None, :])
-        h = tl.where(live[:, None], q.to(h.dtype), h)
+        tl.store(y_at, cast(q, h.dtype), mask=live[:, None] & (ks < K)[None, :])
+        h = tl.where(live[:, None], cast(q, h.dtype), h)
         c = tl.where(live[:, None], c_new, c)
     tl.store(hn_ptr + state_h, h, mask=mask_h)
-    tl.store(cn_ptr + state_c, c.to(cn_ptr.dtype.element_ty), mask=mask_c)
+    tl.store(cn_ptr + state_c, cast(c, cn_ptr.dtype.element_ty), mask=mask_c)
 
 
 def forward(launch: Launch, gates: Tensor, hx: Tensor, cx: Tensor, save: bool) -> Recurrence:
@@ -173,14 +173,14 @@ def backward_kernel(
                 mask_ptr, d, t, mask_steps, B, rows, 0, ks, live, threshold, scale, stream,
                 K, DROPOUT, PER_STEP, BLOCK_B, BLOCK_K,
             )  # fmt: skip
-            h_prev = (h_prev.to(kept) * m).to(h_prev.dtype)
+            h_prev = cast(h_prev.to(kept) * m, h_prev.dtype)
         h_at = ((plane + at) * K)[:, None] + ks[None, :]
         tl.store(h_prev_ptr + h_at, h_prev, mask=h_mask)
 
         dh_t = dh + tl.load(dy_ptr + (at * D * K + d * K)[:, None] + ks[None, :], mask=h_mask, other=0.0).to(kept)
         if HAS_HR:
-            tl.store(dh_ptr + h_at, dh_t.to(operand), mask=h_mask)
-            dq = dot(dh_t.to(operand), w_r, tl.zeros((BLOCK_B, BLOCK_H), kept), PRECISION)
+            tl.store(dh_ptr + h_at, cast(dh_t, operand), mask=h_mask)
+            dq = dot(cast(dh_t, operand), w_r, tl.zeros((BLOCK_B, BLOCK_H), kept), PRECISION)
         else:
             dq = dh_t
         g_at = ((plane + at) * 4 * H)[:, None] + hs[None, :]
@@ -190,10 +190,10 @@ def backward_kernel(
         o = tl.load(gates_ptr + g_at + 3 * H, mask=cell_mask, other=0.0).to(kept)
         c = tl.load(c_ptr + ((plane + at) * H)[:, None] + hs[None, :], mask=cell_mask, other=0.0)
         da_i, da_f, da_g, da_o, dc_prev = CELL(i, f, g, o, c, c_prev, dq, dc)
-        da_i = da_i.to(operand)
-        da_f = da_f.to(operand)
-        da_g = da_g.to(operand)
-        da_o = da_o.to(operand)
+        da_i = cast(da_i, operand)
+        da_f = cast(da_f, operand)
+        da_g = cast(da_g, operand)
+        da_o = cast(da_o, operand)
         tl.store(dgates_ptr + g_at, da_i, mask=cell_mask)
         tl.store(dgates_ptr + g_at + H, da_f, mask=cell_mask)
         tl.store(dgates_ptr + g_at + 2 * H, da_g, mask=cell_mask)
@@ -206,8 +206,8 @@ def backward_kernel(
             dh_prev = dh_prev * m
         dh = tl.where(live[:, None], dh_prev, dh)
         dc = tl.where(live[:, None], dc_prev, dc)
-    tl.store(dhx_ptr + state_h, dh.to(dhx_ptr.dtype.element_ty), mask=mask_h)
-    tl.store(dcx_ptr + state_c, dc.to(dcx_ptr.dtype.element_ty), mask=mask_c)
+    tl.store(dhx_ptr + state_h, cast(dh, dhx_ptr.dtype.element_ty), mask=mask_h)
+    tl.store(dcx_ptr + state_c, cast(dc, dcx_ptr.dtype.element_ty), mask=mask_c)
 
 
 def backward(

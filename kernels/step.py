@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lstm_triton.kernels.blocks import dot, mask_tile, rows_of_step
+from lstm_triton.kernels.blocks import cast, dot, mask_tile, rows_of_step
 from lstm_triton.kernels.cells import lstm_backward, lstm_forward
 from lstm_triton.kernels.launch import RUN_TIME, Launch
 from lstm_triton.recurrence import Gradients, Recurrence
@@ -57,7 +57,7 @@ def forward_kernel(
                 mask_ptr, d, t, mask_steps, B, rows, k, ks, live, threshold, scale, stream,
                 K, DROPOUT, PER_STEP, BLOCK_B, BLOCK_K,
             )  # fmt: skip
-            h = (h.to(kept) * m).to(h.dtype)
+            h = cast(h.to(kept) * m, h.dtype)
         w_at = w_hh_ptr + d * 4 * H * K + units[None, :] * K + ks[:, None]
         w_mask = (ks < K)[:, None] & (units < H)[None, :]
         a_i = dot(h, tl.load(w_at, mask=w_mask, other=0.0), a_i, PRECISION)
@@ -70,12 +70,12 @@ def forward_kernel(
     tl.store(c_state_ptr + state_at, c, mask=cell_mask)
     if SAVE:
         gate = gates_ptr.dtype.element_ty
-        tl.store(g_at, i.to(gate), mask=cell_mask)
-        tl.store(g_at + H, f.to(gate), mask=cell_mask)
-        tl.store(g_at + 2 * H, g.to(gate), mask=cell_mask)
-        tl.store(g_at + 3 * H, o.to(gate), mask=cell_mask)
+        tl.store(g_at, cast(i, gate), mask=cell_mask)
+        tl.store(g_at + H, cast(f, gate), mask=cell_mask)
+        tl.store(g_at + 2 * H, cast(g, gate), mask=cell_mask)
+        tl.store(g_at + 3 * H, cast(o, gate), mask=cell_mask)
         tl.store(c_ptr + ((d.to(tl.int64) * N + at) * H)[:, None] + units[None, :], c, mask=cell_mask)
-    q = q.to(h_out_ptr.dtype.element_ty)
+    q = cast(q, h_out_ptr.dtype.element_ty)
     if not HAS_HR:
         tl.store(y_ptr + (at * D * K + d * K)[:, None] + units[None, :], q, mask=cell_mask)
         if RAGGED:  # rows without this step keep their state
@@ -167,7 +167,7 @@ def backward_kernel(
                     threshold, scale, stream, K, DROPOUT, PER_STEP, BLOCK_B, BLOCK_H,
                 )  # fmt: skip
                 acc = acc * m
-                h_prev = (h_prev.to(kept) * m).to(h_prev.dtype)
+                h_prev = cast(h_prev.to(kept) * m, h_prev.dtype)
             tl.store(h_prev_ptr + ((plane + at) * K)[:, None] + units[None, :], h_prev, mask=live_mask)
             dh = tl.where(live[:, None], acc, dh)
             tl.store(dh_state_ptr + state_at, dh, mask=state_mask)
@@ -181,7 +181,7 @@ def backward_kernel(
             dq = tl.load(dq_at, mask=live[:, None] & (units < H)[None, :], other=0.0).to(kept)
         if STAGE == "state":
             dh_at = dh_ptr + ((plane + at) * K)[:, None] + units[None, :]
-            tl.store(dh_at, dq.to(dh_ptr.dtype.element_ty), mask=live[:, None] & unit_mask)
+            tl.store(dh_at, cast(dq, dh_ptr.dtype.element_ty), mask=live[:, None] & unit_mask)
         else:
             before = t + toward
             begun = (before >= 0) & (before < T)
@@ -201,10 +201,10 @@ def backward_kernel(
             dc = tl.load(dc_state_ptr + cell_at, mask=cell_mask, other=0.0)
             da_i, da_f, da_g, da_o, dc = CELL(i, f, g, o, c, c_prev, dq, dc)
             gate = dgates_ptr.dtype.element_ty
-            tl.store(dgates_ptr + g_at, da_i.to(gate), mask=cell_mask)
-            tl.store(dgates_ptr + g_at + H, da_f.to(gate), mask=cell_mask)
-            tl.store(dgates_ptr + g_at + 2 * H, da_g.to(gate), mask=cell_mask)
-            tl.store(dgates_ptr + g_at + 3 * H, da_o.to(gate), mask=cell_mask)
+            tl.store(dgates_ptr + g_at, cast(da_i, gate), mask=cell_mask)
+            tl.store(dgates_ptr + g_at + H, cast(da_f, gate), mask=cell_mask)
+            tl.store(dgates_ptr + g_at + 2 * H, cast(da_g, gate), mask=cell_mask)
+            tl.store(dgates_ptr + g_at + 3 * H, cast(da_o, gate), mask=cell_mask)
             tl.store(dc_state_ptr + cell_at, dc, mask=cell_mask)
 
 

@@ -11,9 +11,11 @@ from lstm_triton.recurrence import Gradients, Layout, Recurrence, RecurrentDropo
 
 STRATEGIES = ("persistent", "step")
 
-# Bytes of recurrent weights that `persistent` may keep on chip: an SM of sm_80 and newer has 256 KiB
-# of registers, of which the states and gates of a batch tile need the other half.
+# Bytes of recurrent weights that `persistent` may keep: an SM of sm_80 and newer has 256 KiB of
+# registers, and there the compiler puts those of fp16 and bf16; the rest is for states and gates.
 PERSISTENT_BYTES = 128 * 1024
+# Shared memory of a program where no GPU says otherwise: sm_80's.
+SHARED_BYTES = 163 * 1024
 
 _forced: str | None = None
 
@@ -43,7 +45,14 @@ def force(strategy: str) -> Iterator[None]:
         _forced = previous
 
 
-def choose(batch: int, hidden: int, size: int, dtype: torch.dtype, interpreted: bool = False) -> Plan:
+def choose(
+    batch: int,
+    hidden: int,
+    size: int,
+    dtype: torch.dtype,
+    shared_bytes: int = SHARED_BYTES,
+    interpreted: bool = False,
+) -> Plan:
     """The plan for a layer.
 
     Args:
@@ -51,16 +60,29 @@ def choose(batch: int, hidden: int, size: int, dtype: torch.dtype, interpreted: 
         hidden: H.
         size: K, the size of h: `proj_size` or H.
         dtype: of input and weights.
+        shared_bytes: shared memory that a program can have.
         interpreted: whether the kernels run in Triton's interpreter, which is fastest with few programs.
     """
     block_h, block_k = tile(hidden), tile(size)
-    weights = 4 * block_h * block_k + (block_h * block_k if size != hidden else 0)
-    fits = weights * dtype.itemsize <= PERSISTENT_BYTES
     # tl.dot takes 16 rows or more; more programs with few rows each hide latency better.
     block_b = min(tile(batch), 64) if interpreted else 16
+    weights = dtype.itemsize * (4 * block_h * block_k + (block_h * block_k if size != hidden else 0))
+    # Beside the weights the compiled backward holds up to five operand tiles of the batch.
+    shared = weights + 5 * block_b * max(block_h, block_k) * dtype.itemsize
+    fits = weights <= PERSISTENT_BYTES and shared <= shared_bytes
     if (_forced or ("persistent" if fits else "step")) == "persistent":
-        return Plan("persistent", block_b, block_h, block_k, num_warps=4 if max(block_h, block_k) <= 64 else 8)
+        return Plan("persistent", block_b, block_h, block_k, num_warps=4 if weights <= 32 * 1024 else 8)
     return Plan("step", block_b, min(block_h, 32), min(block_k, 64), num_warps=4, num_stages=2)
+
+
+def _choose(layout: Layout, cx: Tensor, hx: Tensor, dtype: torch.dtype) -> Plan:
+    from lstm_triton import kernels
+
+    shared = SHARED_BYTES
+    if cx.is_cuda:
+        properties = torch.cuda.get_device_properties(cx.device)
+        shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
+    return choose(layout.batch, cx.size(2), hx.size(2), dtype, shared, kernels.INTERPRETED)
 
 
 def tile(n: int) -> int:
@@ -82,7 +104,7 @@ def forward(
     from lstm_triton import kernels
 
     launch = kernels.Launch.of(
-        choose(layout.batch, cx.size(2), hx.size(2), gates.dtype, kernels.INTERPRETED),
+        _choose(layout, cx, hx, gates.dtype),
         gates, hx, cx, weight_hh, weight_hr, layout, dropout, rnn_precision(gates.device),
     )  # fmt: skip
     return kernels.STRATEGIES[launch.plan.strategy].forward(launch, gates, hx.contiguous(), cx.contiguous(), save)
@@ -104,7 +126,7 @@ def backward(
     from lstm_triton import kernels
 
     launch = kernels.Launch.of(
-        choose(layout.batch, cx.size(2), hx.size(2), saved.gates.dtype, kernels.INTERPRETED),
+        _choose(layout, cx, hx, saved.gates.dtype),
         saved.gates, hx, cx, weight_hh, weight_hr, layout, dropout, rnn_precision(hx.device),
     )  # fmt: skip
     strategy = kernels.STRATEGIES[launch.plan.strategy]
