@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lstm_triton import backends
+from lstm_triton import dispatch
 from lstm_triton.ops import layer as layer_op
 from lstm_triton.recurrence import RecurrentDropout, state_dtype
 
@@ -95,14 +95,14 @@ def run(
     drops = mask is not None or (options.training and options.recurrent_dropout > 0)
     backend = options.backend
     if backend == "auto":
-        backend = backends.auto(input, packed=batch_sizes is not None, drops=drops)
+        backend = dispatch.auto(input, packed=batch_sizes is not None, drops=drops)
     if backend == "torch":
         if drops:
             raise ValueError("backend='torch' has no recurrent dropout; use 'auto', 'eager' or 'triton'")
-        return backends.torch_lstm(input, batch_sizes, hx, weights, options)
+        return dispatch.torch_lstm(input, batch_sizes, hx, weights, options)
     check_devices(input, hx, weights)
     if backend == "triton":
-        backends.check_triton(input.device)
+        dispatch.check_triton(input.device)
     device = input.device.type
     if torch.is_autocast_enabled(device):
         # What PyTorch's own RNN operators do: the lower precision throughout.
@@ -188,7 +188,7 @@ def check_options(options: Options) -> None:
     check_probability("dropout", options.dropout)
     check_probability("recurrent_dropout", options.recurrent_dropout)
     check_choice("recurrent_dropout_mode", options.recurrent_dropout_mode, MODES)
-    check_choice("backend", options.backend, backends.BACKENDS)
+    check_choice("backend", options.backend, dispatch.BACKENDS)
     if isinstance(options.num_layers, bool) or not isinstance(options.num_layers, int) or options.num_layers < 1:
         raise ValueError(f"num_layers should be an integer of at least 1, got {options.num_layers!r}")
 

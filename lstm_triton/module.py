@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lstm_triton import functional
-from lstm_triton.backends import BACKENDS
+from lstm_triton.dispatch import BACKENDS
 from lstm_triton.functional import Options, check_choice, check_probability
 
 
@@ -145,6 +145,8 @@ class TritonLSTM(nn.RNNBase):
 
     def _check(self, input: Tensor, hx: tuple[Tensor, Tensor], batch_sizes: Tensor | None) -> None:
         self.check_input(input, batch_sizes)
+        if batch_sizes is not None and torch.compiler.is_compiling():
+            return  # B is data of batch_sizes, which a trace doesn't know
         expected = self.get_expected_hidden_size(input, batch_sizes)
         self.check_hidden_size(hx[0], expected, "Expected hidden[0] size {}, got {}")
         expected = (*expected[:2], self.hidden_size)

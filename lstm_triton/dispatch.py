@@ -1,4 +1,7 @@
-"""Which backend runs a call, and PyTorch's own operator as one of them."""
+"""Which backend runs a call, and PyTorch's own operator as one of them.
+
+(Not named backends: `torch.compile` skips every path with "triton/backends" in it.)
+"""
 
 import importlib.util
 import os
