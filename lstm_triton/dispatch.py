@@ -18,18 +18,30 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "triton", "eager", "torch")
 
 
-def auto(input: Tensor, packed: bool, drops: bool) -> str:
+# Rows of a packed batch from which on the backward by hand pays on a CPU: measured in training, "eager"
+# takes 1.3 times as long as PyTorch's operator at 60 rows, 0.7 times at 270 and 0.3 times at 4,000.
+PACKED_ROWS = 256
+
+
+def auto(input: Tensor, packed: bool, drops: bool, records: bool) -> str:
     """The backend that "auto" stands for.
 
     PyTorch's operator wherever it does the job and none of ours is known to be faster. Ours where
 
     - recurrent dropout is active: PyTorch has none;
     - `torch.compile` traces: PyTorch's operator would be unrolled over the time steps, ours stays one;
-    - on a CPU the batch is packed: PyTorch's operator slices and concatenates at each step there.
+    - on a CPU a packed batch is trained on: PyTorch's operator has autograd nodes for each step there.
+
+    Args:
+        input: that of the call.
+        packed: whether it is a packed batch.
+        drops: whether recurrent dropout is active.
+        records: whether a backward may follow.
     """
-    if not (drops or torch.compiler.is_compiling() or (packed and input.device.type == "cpu")):
-        return "torch"
-    return "triton" if input.device.type == "cuda" and has_triton() else "eager"
+    on_cpu = input.device.type == "cpu"
+    if drops or torch.compiler.is_compiling() or (packed and records and on_cpu and input.size(0) >= PACKED_ROWS):
+        return "triton" if input.is_cuda and has_triton() else "eager"
+    return "torch"
 
 
 def has_triton() -> bool:

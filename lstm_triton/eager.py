@@ -19,7 +19,6 @@ def forward(
     weight_hr: list[Tensor],
     layout: Layout,
     mask: Tensor | None,
-    save: bool,
 ) -> Recurrence:
     """Runs the recurrence over all steps.
 
@@ -30,7 +29,6 @@ def forward(
         weight_hr: for each direction (K, H); empty without projections.
         layout: where the steps' rows lie in N.
         mask: None or (D, T or 1, B, K): what h is multiplied by before its product.
-        save: whether gates and c are wanted for backward.
     """
     directions, total, _ = gates.shape
     hidden, size = cx.size(2), hx.size(2)
@@ -78,8 +76,6 @@ def forward(
                 h, c = torch.cat([y[t], h[rows:]]), torch.cat([c_out[t], c[rows:]])
         states.append((h, c))
     hn, cn = (torch.stack(x) for x in zip(*states, strict=True))
-    if not save:
-        gates, c_all = gates.new_empty(0), c_all.new_empty(0)
     return Recurrence(output, hn, cn, gates, c_all)
 
 

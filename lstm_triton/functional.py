@@ -95,7 +95,8 @@ def run(
     drops = mask is not None or (options.training and options.recurrent_dropout > 0)
     backend = options.backend
     if backend == "auto":
-        backend = dispatch.auto(input, packed=batch_sizes is not None, drops=drops)
+        records = torch.is_grad_enabled() and (weights[0].requires_grad or input.requires_grad)
+        backend = dispatch.auto(input, batch_sizes is not None, drops, records)
     if backend == "torch":
         if drops:
             raise ValueError("backend='torch' has no recurrent dropout; use 'auto', 'eager' or 'triton'")

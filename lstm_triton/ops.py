@@ -78,13 +78,11 @@ def layer(
             else:
                 torch.addmm(b_ih + b_hh, input, w_ih.t(), out=out)
         if backend == "eager":
-            result = eager.forward(gates, hx, cx, *_recurrent(directions), layout, mask, save)
+            result = eager.forward(gates, hx, cx, *_recurrent(directions), layout, mask)
         else:
             result = plan.forward(gates, hx, cx, *_recurrent(directions), layout, dropout, save)
-    if backend == "eager" and dtype in _HALF:
-        output, hn, cn = (x.to(dtype) for x in result[:3])
-        return output, hn, cn, result.gates, result.c
-    return tuple(result)
+    kept = [result.gates, result.c] if save else [x.new_empty(0) for x in (result.gates, result.c)]
+    return *(x.to(dtype) for x in result[:3]), *kept
 
 
 def _recurrent(directions: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
