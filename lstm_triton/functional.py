@@ -105,17 +105,19 @@ def run(
     if backend == "triton":
         dispatch.check_triton(input.device)
     device = input.device.type
-    if torch.is_autocast_enabled(device):
-        # What PyTorch's own RNN operators do: the lower precision throughout.
-        low = torch.get_autocast_dtype(device)
-        input, mask, *rest = (
-            x.to(low) if x is not None and x.dtype == torch.float32 else x
-            for x in (input, mask, *hx, *weights)
-        )
-        hx, weights = (rest[0], rest[1]), rest[2:]
-        with torch.autocast(device, enabled=False):
-            return _stack(input, batch_sizes, hx, weights, options, backend, mask, drops)
-    return _stack(input, batch_sizes, hx, weights, options, backend, mask, drops)
+    if not torch.is_autocast_enabled(device):
+        return _stack(input, batch_sizes, hx, weights, options, backend, mask, drops)
+    # What PyTorch's own RNN operators do: the lower precision throughout.
+    low, states = torch.get_autocast_dtype(device), hx[1].dtype
+    input, mask, *rest = (
+        x.to(low) if x is not None and x.dtype == torch.float32 else x for x in (input, mask, *hx, *weights)
+    )
+    with torch.autocast(device, enabled=False):
+        y, h, c = _stack(input, batch_sizes, (rest[0], rest[1]), rest[2:], options, backend, mask, drops)
+    projected = h.size(2) != c.size(2)
+    if device == "cpu" and (projected or batch_sizes is not None):  # where it is not oneDNN's, c keeps its dtype
+        return (y, h, c.to(states)) if projected else (y.to(states), h.to(states), c.to(states))
+    return y, h, c
 
 
 def _stack(

@@ -1,0 +1,113 @@
+"""Recurrent dropout: the masks, that every backend draws the same, and values under given masks."""
+
+import pytest
+import torch
+
+import lstm_triton.functional as functional
+from checks import Case, assert_close
+from lstm_triton import TritonLSTM, dispatch, plan, reference
+from lstm_triton.dropout import philox, recurrent_mask
+from lstm_triton.recurrence import RecurrentDropout
+
+
+def words(*counter: int, seed: int = 0) -> list[int]:
+    c0, c1, c2, c3 = counter
+    found = philox(torch.tensor([seed]), torch.tensor([c0]), torch.tensor([c1]), torch.tensor([c2]), c3)
+    return [int(w) for w in found]
+
+
+def test_philox_known_answers() -> None:
+    """The published test vectors of philox4x32 with seven rounds (Random123's kat_vectors)."""
+    ones = 0xFFFFFFFF
+    assert words(0, 0, 0, 0) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+    assert words(ones, ones, ones, ones, seed=-1) == [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9])
+def test_mask_statistics(p: float) -> None:
+    mask = recurrent_mask(torch.tensor([7]), 50, 40, 30, p, 0, torch.float64)
+    dropped = (mask == 0).double().mean().item()
+    assert abs(dropped - p) < 5 * (p * (1 - p) / mask.numel()) ** 0.5 + 1e-12
+    kept = mask[mask > 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - p)), rtol=1e-7, atol=0)
+
+
+def test_mask_depends_on_everything() -> None:
+    """Another seed, stream, step, row or unit has another mask; the same ones the same."""
+    seed = torch.tensor([7])
+    mask = recurrent_mask(seed, 20, 20, 20, 0.5, 3, torch.float32)
+    assert torch.equal(mask, recurrent_mask(seed, 20, 20, 20, 0.5, 3, torch.float32))
+    assert torch.equal(mask[:5, :7, :9], recurrent_mask(seed, 5, 7, 9, 0.5, 3, torch.float32))
+    assert not torch.equal(mask, recurrent_mask(seed + 1, 20, 20, 20, 0.5, 3, torch.float32))
+    assert not torch.equal(mask, recurrent_mask(seed + 2**32, 20, 20, 20, 0.5, 3, torch.float32))
+    assert not torch.equal(mask, recurrent_mask(seed, 20, 20, 20, 0.5, 4, torch.float32))
+    for axis in range(3):
+        slices = {tuple(x.flatten().tolist()) for x in mask.unbind(axis)}
+        assert len(slices) == 20
+
+
+def test_dropping_everything_and_nothing() -> None:
+    seed = torch.tensor([1])
+    assert recurrent_mask(seed, 3, 3, 3, 1.0, 0, torch.float32).eq(0).all()
+    assert recurrent_mask(seed, 3, 3, 3, 0.0, 0, torch.float32).eq(1).all()
+
+
+@pytest.mark.parametrize("form", ["batched", "packed"])
+@pytest.mark.parametrize("proj_size", [0, 3])
+@pytest.mark.parametrize("mode", functional.MODES)
+@pytest.mark.parametrize("way", ["eager", *plan.STRATEGIES])
+def test_values_under_drawn_and_given_masks(
+    way: str, mode: str, proj_size: int, form: str, device: torch.device
+) -> None:
+    """The masks drawn are those of `recurrent_mask`; outputs and gradients are the plain layers' under them."""
+    case = Case(num_layers=2, bidirectional=True, proj_size=proj_size, form=form, steps=4, batch=18)
+    options = dict(num_layers=2, bidirectional=True, training=True, recurrent_dropout=0.4, recurrent_dropout_mode=mode)
+    module = TritonLSTM(**case.arguments, device=device)
+    x, h, c = case.inputs(device, torch.float32)
+    packed = case.pack(x)
+    data, sizes = (packed.data, packed.batch_sizes) if form == "packed" else (packed, None)
+    weights = [p.detach() for p in module._flat_weights]
+
+    def outcome(function, dtype, **extra) -> dict[str, torch.Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (data, h, c, *weights)]
+        outputs = function(leaves[0], (leaves[1], leaves[2]), leaves[3:], batch_sizes=sizes, **extra)
+        generator = torch.Generator().manual_seed(1)
+        cotangents = [torch.randn(t.shape, generator=generator).to(t) for t in outputs]
+        found = [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
+        return {str(k): t.detach() for k, t in enumerate(found)}
+
+    torch.manual_seed(5)
+    seed = torch.randint(2**63 - 1, (1,), device=device)
+    masks = RecurrentDropout(None, seed, 0.4, mode == "step", 0).drawn(4, h.double())
+    expected = outcome(reference.lstm, torch.float64, num_layers=2, bidirectional=True, mask=masks)
+    with plan.force("step" if way == "eager" else way):
+        backend = "eager" if way == "eager" else "triton"
+        torch.manual_seed(5)
+        drawn = outcome(functional.lstm, torch.float32, backend=backend, **options)
+        given = outcome(functional.lstm, torch.float32, backend=backend, recurrent_dropout_mask=masks.float(), **options)
+    assert_close(drawn, expected, torch.float32)
+    assert_close(given, expected, torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "triton"])
+def test_only_in_training(backend: str, device: torch.device) -> None:
+    module = TritonLSTM(5, 7, device=device, recurrent_dropout=0.5, backend=backend)
+    x = torch.randn(4, 3, 5, device=device)
+    plain = TritonLSTM(5, 7, device=device)
+    plain.load_state_dict(module.state_dict())
+    first, second = module(x)[0], module(x)[0]
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(first[0], plain(x)[0][0])  # h_0 is zero: nothing to drop at the first step
+    torch.testing.assert_close(module.eval()(x)[0], plain(x)[0])
+
+
+def test_auto_runs_pytorch_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recurrent dropout that is not active is no reason to leave PyTorch's operator."""
+    calls = []
+    original = dispatch.torch_lstm
+    monkeypatch.setattr(dispatch, "torch_lstm", lambda *a: calls.append(a) or original(*a))
+    module = TritonLSTM(5, 7, recurrent_dropout=0.5)
+    module.eval()(torch.randn(2, 1, 5))
+    assert len(calls) == 1
+    module.train()(torch.randn(2, 1, 5))
+    assert len(calls) == 1
