@@ -94,6 +94,10 @@ def run(
     """`lstm` without its checks of shapes and options."""
     drops = mask is not None or (options.training and options.recurrent_dropout > 0)
     backend = options.backend
+    if batch_sizes is None and 0 in input.shape[:2]:
+        if input.size(1 if options.batch_first else 0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        return dispatch.torch_lstm(input, batch_sizes, hx, weights, options)  # no rows: nothing to run or drop
     if backend == "auto":
         records = torch.is_grad_enabled() and (weights[0].requires_grad or input.requires_grad)
         backend = dispatch.auto(input, batch_sizes is not None, drops, records)
@@ -222,9 +226,14 @@ def check_tensors(
     expected = 3 if batch_sizes is None else 2
     if input.dim() != expected:
         raise ValueError(f"input should have {expected} dimensions, got shape {tuple(input.shape)}")
-    steps, batch = batch_of(input, batch_sizes, options.batch_first)
-    if steps == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    if batch_sizes is not None:
+        sizes = batch_sizes.tolist() if batch_sizes.dim() == 1 else []
+        if not sizes or sum(sizes) != input.size(0) or sizes != sorted(sizes, reverse=True) or sizes[-1] < 1:
+            raise ValueError(
+                f"batch_sizes should be (T,) positive numbers that never increase and add up to the {input.size(0)} "
+                f"rows of input, got {batch_sizes}"
+            )
+    _, batch = batch_of(input, batch_sizes, options.batch_first)
     count = options.num_layers * (2 if options.bidirectional else 1)
     (h, c), hidden = hx, hx[1].size(-1)
     size = h.size(-1)
