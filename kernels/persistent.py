@@ -16,6 +16,7 @@ from lstm_triton.kernels.cells import lstm_backward, lstm_forward
 from lstm_triton.kernels.launch import RUN_TIME, Launch
 from lstm_triton.recurrence import Gradients, Recurrence
 
+
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
     gates_ptr,  # (D, N, 4H) in: input products; out, where SAVE: activated gates

@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, _VF
+from torch import _VF, Tensor
 
 from lstm_triton import reference
 

@@ -39,10 +39,7 @@ def forward(
         w_hh = weight_hh[d].t()
         w_hr = weight_hr[d].t() if weight_hr else None
         # Views of every step, made at once: cheaper than slicing inside the loop.
-        a, y, c_out = (
-            x.split(layout.rows)
-            for x in (gates[d], output[:, d * size : (d + 1) * size], c_all[d])
-        )
+        a, y, c_out = (x.split(layout.rows) for x in (gates[d], output[:, d * size : (d + 1) * size], c_all[d]))
         i_f, g, o, i, f = (
             x.split(layout.rows)
             for x in (
@@ -115,8 +112,7 @@ def backward(
             h_prev[d] *= flat_mask(mask[d], layout)
 
         da, dc_factor, do_factor, dy, h_to_c_t, f_t = (
-            x.split(layout.rows)
-            for x in (dgates[d], factors[:, :3], factors[:, 3], doutput[:, columns], h_to_c, f)
+            x.split(layout.rows) for x in (dgates[d], factors[:, :3], factors[:, 3], doutput[:, columns], h_to_c, f)
         )
         dh_out = dh_all[d].split(layout.rows) if weight_hr else None
         masks = None if mask is None else mask[d].unbind(0)

@@ -113,9 +113,7 @@ def run(
         return _stack(input, batch_sizes, hx, weights, options, backend, mask, drops)
     # What PyTorch's own RNN operators do: the lower precision throughout.
     low, states = torch.get_autocast_dtype(device), hx[1].dtype
-    input, mask, *rest = (
-        x.to(low) if x is not None and x.dtype == torch.float32 else x for x in (input, mask, *hx, *weights)
-    )
+    input, *rest = (x.to(low) if x.dtype == torch.float32 else x for x in (input, *hx, *weights))
     with torch.autocast(device, enabled=False):
         y, h, c = _stack(input, batch_sizes, (rest[0], rest[1]), rest[2:], options, backend, mask, drops)
     projected = h.size(2) != c.size(2)
@@ -248,7 +246,7 @@ def check_tensors(
     for k, w in enumerate(weights):
         deep = k // each >= (2 if options.bidirectional else 1)
         width = size * (2 if options.bidirectional else 1) if deep else input.size(-1)
-        shapes = [(4 * hidden, width), (4 * hidden, size)]
+        shapes: list[tuple[int, ...]] = [(4 * hidden, width), (4 * hidden, size)]
         shapes += [(4 * hidden,)] * 2 if options.bias else []
         shapes += [(size, hidden)] if size != hidden else []
         if tuple(w.shape) != shapes[k % each]:

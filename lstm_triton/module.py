@@ -130,8 +130,11 @@ class TritonLSTM(nn.RNNBase):
                 )
             hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
         batch_dim = 0 if self.batch_first else 1
-        output, (hn, cn) = self.forward(input.unsqueeze(batch_dim), hx)
-        return output.squeeze(batch_dim), (hn.squeeze(1), cn.squeeze(1))  # type: ignore[union-attr]
+        hx = self._states(input, 1, hx)
+        input = input.unsqueeze(batch_dim)
+        self._check(input, hx, None)
+        output, hn, cn = self._run(input, None, hx)
+        return output.squeeze(batch_dim), (hn.squeeze(1), cn.squeeze(1))
 
     def _states(
         self, input: Tensor, batch: int, hx: tuple[Tensor, Tensor] | None, order: Tensor | None = None

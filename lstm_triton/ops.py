@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lstm_triton import eager, plan, reference
-from lstm_triton.reference import by_direction
 from lstm_triton.recurrence import Gradients, Layout, Recurrence, RecurrentDropout, rnn_precision, state_dtype
+from lstm_triton.reference import by_direction
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -81,8 +81,8 @@ def layer(
             result = eager.forward(gates, hx, cx, *_recurrent(directions), layout, mask)
         else:
             result = plan.forward(gates, hx, cx, *_recurrent(directions), layout, dropout, save)
-    kept = [result.gates, result.c] if save else [x.new_empty(0) for x in (result.gates, result.c)]
-    return *(x.to(dtype) for x in result[:3]), *kept
+    gates, c = (result.gates, result.c) if save else (result.gates.new_empty(0), result.c.new_empty(0))
+    return result.output.to(dtype), result.hn.to(dtype), result.cn.to(dtype), gates, c
 
 
 def _recurrent(directions: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -149,11 +149,7 @@ def layer_backward(
         if input_wanted:
             for d, (w_ih, *_) in enumerate(directions):
                 torch.addmm(dinput, found.dgates[d], w_ih, beta=int(d > 0), out=dinput)
-        dweights = (
-            _weight_gradients(found, saved, input, bias)
-            if weights_wanted
-            else [w.new_empty(0) for w in weights]
-        )
+        dweights = _weight_gradients(found, saved, input, bias) if weights_wanted else [w.new_empty(0) for w in weights]
     gradients = [dinput, found.dhx, found.dcx, *dweights]
     return [x.to(dtype) for x in gradients]
 

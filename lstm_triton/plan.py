@@ -1,8 +1,10 @@
 """Which Triton strategy runs a layer, with which tiles, and the way to its launcher."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,14 +77,17 @@ def choose(
     return Plan("step", block_b, min(block_h, 32), min(block_k, 64), num_warps=4, num_stages=2)
 
 
-def _choose(layout: Layout, cx: Tensor, hx: Tensor, dtype: torch.dtype) -> Plan:
-    from lstm_triton import kernels
+def _kernels() -> Any:
+    """The kernels, imported on first use: Triton may be missing, and `TRITON_INTERPRET` is read at that moment."""
+    return importlib.import_module("lstm_triton.kernels")
 
+
+def _choose(layout: Layout, cx: Tensor, hx: Tensor, dtype: torch.dtype) -> Plan:
     shared = SHARED_BYTES
     if cx.is_cuda:
         properties = torch.cuda.get_device_properties(cx.device)
         shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-    return choose(layout.batch, cx.size(2), hx.size(2), dtype, shared, kernels.INTERPRETED)
+    return choose(layout.batch, cx.size(2), hx.size(2), dtype, shared, _kernels().INTERPRETED)
 
 
 def tile(n: int) -> int:
@@ -101,8 +106,7 @@ def forward(
     save: bool,
 ) -> Recurrence:
     """`lstm_triton.eager.forward` by Triton kernels."""
-    from lstm_triton import kernels
-
+    kernels = _kernels()
     launch = kernels.Launch.of(
         _choose(layout, cx, hx, gates.dtype),
         gates, hx, cx, weight_hh, weight_hr, layout, dropout, rnn_precision(gates.device),
@@ -123,8 +127,7 @@ def backward(
     dropout: RecurrentDropout,
 ) -> Gradients:
     """`lstm_triton.eager.backward` by Triton kernels."""
-    from lstm_triton import kernels
-
+    kernels = _kernels()
     launch = kernels.Launch.of(
         _choose(layout, cx, hx, saved.gates.dtype),
         saved.gates, hx, cx, weight_hh, weight_hr, layout, dropout, rnn_precision(hx.device),

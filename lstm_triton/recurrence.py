@@ -7,7 +7,7 @@ size and K the size of h: `proj_size` where there is one, else H.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,6 +122,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def rnn_precision(device: torch.device) -> str:
-    """"tf32" where PyTorch's setting for RNNs allows it on this device, else "ieee"."""
-    allowed = device.type == "cuda" and torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    """ "tf32" where PyTorch's setting for RNNs allows it on this device, else "ieee"."""
+    rnn: Any = torch.backends.cudnn.rnn  # its type has no word of the setting
+    allowed = device.type == "cuda" and rnn.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"

@@ -117,6 +117,8 @@ def differentiable_vjp(
         wanted = [x for x in views if x.requires_grad]
         pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if g is not None and y.requires_grad]
         found = iter(
-            torch.autograd.grad([y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
+            torch.autograd.grad(
+                [y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+            )
         )
     return [next(found) if x.requires_grad else None for x in views]

@@ -87,8 +87,6 @@ def _as_class(module: nn.Module, new: type[nn.Module], attributes: dict[str, Any
     swapped = new.__new__(new)
     extra = ("recurrent_dropout", "recurrent_dropout_mode", "backend")
     # Its own dicts and lists of the shared parameters, as `copy.copy` would not give it.
-    state = {
-        k: v.copy() if isinstance(v, (dict, list)) else v for k, v in module.__dict__.items() if k not in extra
-    }
+    state = {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in module.__dict__.items() if k not in extra}
     swapped.__dict__.update(state, **attributes)
     return swapped

@@ -84,7 +84,9 @@ def test_values_under_drawn_and_given_masks(
         backend = "eager" if way == "eager" else "triton"
         torch.manual_seed(5)
         drawn = outcome(functional.lstm, torch.float32, backend=backend, **options)
-        given = outcome(functional.lstm, torch.float32, backend=backend, recurrent_dropout_mask=masks.float(), **options)
+        given = outcome(
+            functional.lstm, torch.float32, backend=backend, recurrent_dropout_mask=masks.float(), **options
+        )
     assert_close(drawn, expected, torch.float32)
     assert_close(given, expected, torch.float32)
 

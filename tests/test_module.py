@@ -213,9 +213,7 @@ def test_strategy_runs(hidden: int, strategy: str, device: torch.device, monkeyp
     for name, module in kernels.STRATEGIES.items():
         for way in ("forward", "backward"):
             original = getattr(module, way)
-            monkeypatch.setattr(
-                module, way, lambda *a, _n=name, _w=way, _o=original: ran.append((_n, _w)) or _o(*a)
-            )
+            monkeypatch.setattr(module, way, lambda *a, _n=name, _w=way, _o=original: ran.append((_n, _w)) or _o(*a))
     module = TritonLSTM(5, hidden, device=device, backend="triton")
     module(torch.randn(2, 1, 5, device=device))[0].sum().backward()
     assert ran == [(strategy, "forward"), (strategy, "backward")]

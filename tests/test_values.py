@@ -87,7 +87,9 @@ def test_noncontiguous(backend: str, device: torch.device) -> None:
     def outcome(module: torch.nn.Module, kind: torch.dtype) -> dict[str, torch.Tensor]:
         leaf = x.to(kind).requires_grad_()
         y, (hn, cn) = module(leaf, (h.to(kind), c.to(kind)))
-        (gradient,) = torch.autograd.grad([y, cn], [leaf], [torch.ones((), device=device, dtype=kind).expand(y.shape), cn])
+        (gradient,) = torch.autograd.grad(
+            [y, cn], [leaf], [torch.ones((), device=device, dtype=kind).expand(y.shape), cn]
+        )
         return {"output": y.detach(), "hn": hn.detach(), "dx": gradient}
 
     assert_close(outcome(ours, dtype), outcome(reference, torch.float64), dtype)

@@ -1,0 +1,72 @@
+"""`python -m bench.sarcasm`: trains a recipe over several seeds and writes its report."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.sarcasm import data, report
+from bench.sarcasm.recipes import CHOICES, RECIPES
+from bench.sarcasm.run import RunError, run
+
+BACKENDS = ("auto", "eager", "triton", "torch")
+INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.sarcasm", description=__doc__)
+    parser.add_argument(
+        "--data",
+        metavar="PATH|synthetic",
+        help="the data set (JSON array, JSON lines, CSV, each maybe gzipped), or generated headlines; "
+        "default: the file that LSTM_TRITON_DATA names, else a download kept in the cache folder",
+    )
+    parser.add_argument("--recipe", choices=CHOICES, default="published", help="default: %(default)s")
+    parser.add_argument("--epochs", type=positive, metavar="N", help="default: the recipe's own number")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="S", help="default: 0 1 2 3 4")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="TritonLSTM's; default: %(default)s")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the results, in a sub-folder by recipe; "
+        "default: reports/sarcasm, for generated headlines reports/sarcasm-synthetic",
+    )
+    return parser
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"should be at least 1, got {value}")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code, 2 after an error that the user can mend."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    args = parser().parse_args(given)
+    # The tensors are so small that a second thread costs more than it brings, and with one the
+    # results do not depend on the number of cores.
+    torch.set_num_threads(1)
+    try:
+        if args.recipe not in RECIPES:
+            raise RunError(f"recipe {args.recipe!r} is not written yet; there is: {', '.join(RECIPES)}")
+        recipe = RECIPES[args.recipe]
+        headlines = data.load(args.data)
+        out = args.out or data.default_out(headlines)
+        summary = run(recipe, headlines, args.backend, args.epochs or recipe.EPOCHS, args.seeds, out)
+        print(report.write(out / recipe.NAME, summary))
+    except (data.DataError, RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        command = " ".join(["python -m bench.sarcasm", *given])
+        print(f"\nInterrupted. The same command goes on after the last finished epoch: {command}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

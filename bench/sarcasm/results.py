@@ -1,0 +1,84 @@
+"""The files of a run: CSV of each seed, summary.json, and how they are written."""
+
+import csv
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.sarcasm.data import SYNTHETIC
+
+Row = dict[str, float]
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes beside `path`, then renames, so that no interruption leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        write(part)
+        part.chmod(0o644)  # mkstemp's files are for their owner alone
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    replace(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_csv(path: Path, rows: list[Row]) -> None:
+    """One line an epoch; columns are the keys of the rows (losses in nats, accuracies in percent)."""
+    lines = [",".join(rows[0]), *(",".join(f"{value:.8g}" for value in row.values()) for row in rows)]
+    write_atomically(path, "\n".join(lines) + "\n")
+
+
+def read_csv(path: Path) -> list[Row]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def summarize(
+    folder: Path, seeds: list[int], options: dict[str, Any], facts: dict[str, float], machine: dict[str, Any]
+) -> dict[str, Any]:
+    """What summary.json holds: options, accuracies (percent) over the seeds, the data's facts, environment."""
+    runs = [read_csv(folder / f"seed-{seed}.csv") for seed in seeds]
+    curves = [[row["test_accuracy"] for row in rows] for rows in runs]
+    best, last = [max(curve) for curve in curves], [curve[-1] for curve in curves]
+    return {
+        **options,
+        "seeds": seeds,
+        "accuracy_unit": "percent",
+        "best_accuracy": best,
+        "best_epoch": [curve.index(max(curve)) + 1 for curve in curves],
+        "last_accuracy": last,
+        "mean_best_accuracy": statistics.mean(best),
+        "sd_best_accuracy": deviation(best),
+        "mean_last_accuracy": statistics.mean(last),
+        "sd_last_accuracy": deviation(last),
+        "seconds_per_epoch": statistics.mean(row["seconds"] for rows in runs for row in rows),
+        **facts,
+        "environment": {
+            **machine,
+            "triton_interpreted": os.environ.get("TRITON_INTERPRET", "0") == "1",
+            "command": command(options, seeds),
+        },
+    }
+
+
+def deviation(values: list[float]) -> float | None:
+    """The sample standard deviation; None of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def command(options: dict[str, Any], seeds: list[int]) -> str:
+    """The command line of these results, less where the data lies."""
+    data = f" --data {SYNTHETIC}" if options["data"] == SYNTHETIC else ""
+    return (
+        f"python -m bench.sarcasm --recipe {options['recipe']} --backend {options['backend']} "
+        f"--epochs {options['epochs']} --seeds {' '.join(map(str, seeds))}{data}"
+    )

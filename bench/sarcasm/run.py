@@ -1,0 +1,181 @@
+"""Seeds and epochs of a recipe, with checkpoints and the files that are written.
+
+A recipe is a module with NAME, EPOCHS (default number), `Corpus(headlines)` with `facts`, and
+`Training(corpus, seed, backend, device)` with `batches_per_epoch`, `epoch(advance)`, `state_dict`,
+`load_state_dict`.
+"""
+
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bench.environment import environment
+from bench.sarcasm.data import SYNTHETIC, Headlines
+from bench.sarcasm.results import Row, replace, summarize, write_atomically, write_csv
+from lstm_triton import TritonLSTM
+
+OPTIONS = ("recipe", "backend", "epochs", "data", "data_sha256", "device")
+
+
+class RunError(Exception):
+    """The run cannot start or go on; the message says why and what to do."""
+
+
+def run(
+    recipe: ModuleType, headlines: Headlines, backend: str, epochs: int, seeds: Sequence[int], out: Path
+) -> dict[str, Any]:
+    """Trains each seed that `out` has no results of yet, and writes the CSV files and the summary.
+
+    Args:
+        recipe: one of `bench.sarcasm.RECIPES`.
+        headlines: the data set.
+        backend: TritonLSTM's.
+        epochs: of each seed.
+        seeds: may name seeds finished before: these are not trained again.
+        out: the folder above the recipe's own.
+
+    Returns:
+        The summary over all seeds in the folder, as in summary.json.
+
+    Raises:
+        RunError: the folder holds results or checkpoints of other options, or the backend cannot run.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    values = (recipe.NAME, backend, epochs, headlines.name, headlines.fingerprint, device.type)
+    options = dict(zip(OPTIONS, values, strict=True))
+    folder = out / recipe.NAME
+    summary = finished(folder, options)
+    corpus = recipe.Corpus(headlines)
+    check_backend(recipe, corpus, backend, device)
+    machine = environment()  # now: the commit may be another when the run ends
+    if headlines.synthetic:
+        print("Synthetic data: generated headlines, the figures say nothing about the real data set.")
+    for seed in seeds:
+        if seed in summary.get("seeds", []):
+            print(f"seed {seed}: finished before")
+            continue
+        rows = train_seed(recipe, corpus, seed, options, device, folder)
+        write_csv(folder / f"seed-{seed}.csv", rows)
+        done = sorted({seed, *summary.get("seeds", [])})
+        summary = summarize(folder, done, options, corpus.facts, machine)
+        write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        remove_checkpoint(folder, seed)
+    return summary
+
+
+def check_backend(recipe: ModuleType, corpus: Any, backend: str, device: torch.device) -> None:
+    """Raises RunError where the recipe cannot run through the backend here."""
+    try:
+        recipe.Training(corpus, 0, backend, device)
+        TritonLSTM(1, 1, backend=backend, device=device)(torch.zeros(1, 1, 1, device=device))
+    except (ValueError, RuntimeError) as error:
+        raise RunError(f"{error} (recipe {recipe.NAME!r})") from None
+
+
+def finished(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The summary in the folder, {} where there is none; RunError where it is of other options."""
+    path = folder / "summary.json"
+    if not path.exists():
+        return {}
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise RunError(f"{path} is damaged: remove it or give another --out") from None
+    refuse_others(f"{folder} holds results", summary, options)
+    return summary
+
+
+def refuse_others(what: str, found: dict[str, Any], options: dict[str, Any]) -> None:
+    """RunError where `found` is of other options, so that no run overwrites another's results."""
+    differing = [f"{k} {found.get(k)} (now {options[k]})" for k in OPTIONS if found.get(k) != options[k]]
+    if differing:
+        raise RunError(f"{what} of other options: {', '.join(differing)}; remove it or give another --out")
+
+
+def train_seed(
+    recipe: ModuleType, corpus: Any, seed: int, options: dict[str, Any], device: torch.device, folder: Path
+) -> list[Row]:
+    """One row of results for each epoch; goes on from the seed's checkpoint where there is one."""
+    training = recipe.Training(corpus, seed, options["backend"], device)
+    rows: list[Row] = []
+    path = checkpoint_path(folder, seed)
+    if path.exists():
+        checkpoint = load_checkpoint(path)
+        refuse_others(f"{path} is a checkpoint", checkpoint["options"], options)
+        training.load_state_dict(checkpoint["training"])
+        rows = checkpoint["rows"]
+        print(f"seed {seed}: goes on after epoch {len(rows)}")
+    with EpochProgress(seed, options["epochs"], len(rows), training.batches_per_epoch, options["data"]) as progress:
+        for epoch in range(len(rows) + 1, options["epochs"] + 1):
+            rows.append({"epoch": epoch} | training.epoch(progress.advance))
+            save_checkpoint(path, {"options": options, "rows": rows, "training": training.state_dict()})
+            progress.finish(rows[-1])
+    return rows
+
+
+class EpochProgress:
+    """Bars for epochs and batches on a terminal, elsewhere a line an epoch alone."""
+
+    def __init__(self, seed: int, epochs: int, done: int, batches: int, data: str) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, disable=not Console().is_terminal, transient=True)
+        label = f"seed {seed}" + (f" ({SYNTHETIC} data)" if data == SYNTHETIC else "")
+        self.epochs = self.progress.add_task(f"{label}, epochs", total=epochs, completed=done)
+        self.batches = self.progress.add_task("batches", total=batches)
+        self.label, self.count = label, epochs
+
+    def __enter__(self) -> "EpochProgress":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def advance(self) -> None:
+        self.progress.advance(self.batches)
+
+    def finish(self, row: Row) -> None:
+        self.progress.advance(self.epochs)
+        self.progress.reset(self.batches)
+        line = (
+            f"{self.label}, epoch {row['epoch']:.0f}/{self.count}: "
+            f"train {row['train_loss']:.4f} {row['train_accuracy']:.2f} %, "
+            f"test {row['test_loss']:.4f} {row['test_accuracy']:.2f} %, {row['seconds']:.1f} s"
+        )
+        if self.progress.disable:
+            print(line, flush=True)
+        else:
+            self.progress.console.print(line, highlight=False)
+
+
+def checkpoint_path(folder: Path, seed: int) -> Path:
+    return folder / ".checkpoints" / f"seed-{seed}.pt"
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (path.parent / ".gitignore").write_text("*\n")
+    replace(path, lambda part: torch.save(checkpoint, part))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise RunError(f"{path} is damaged: remove it or give another --out") from None
+
+
+def remove_checkpoint(folder: Path, seed: int) -> None:
+    """Removes the seed's checkpoint, and the folder with the last one."""
+    path = checkpoint_path(folder, seed)
+    path.unlink(missing_ok=True)
+    if path.parent.exists() and not list(path.parent.glob("*.pt")):
+        (path.parent / ".gitignore").unlink(missing_ok=True)
+        path.parent.rmdir()
