@@ -47,18 +47,17 @@ def tanh(x):
 
 @triton.jit
 def drawn_mask(seed, stream, t, rows, first, threshold, scale, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr):
-    """The recurrent dropout mask of rows `rows` and units first … first + BLOCK - 1 (multiples of 4).
+    """The recurrent dropout mask of rows `rows` and units first … first + BLOCK - 1 (multiples of 8).
 
-    Bit for bit that of `lstm_triton.dropout.recurrent_mask`: a Philox call draws four units.
+    Bit for bit that of `lstm_triton.dropout.recurrent_masks`: a Philox call draws eight units.
     """
-    quads = first // 4 + tl.arange(0, BLOCK // 4)
-    unit = quads[None, :] + tl.zeros((BLOCK_B, 1), tl.int32)
-    row = rows[:, None].to(tl.int32) + tl.zeros((1, BLOCK // 4), tl.int32)
-    step = tl.full((BLOCK_B, BLOCK // 4), 0, tl.int32) + t
-    streams = tl.full((BLOCK_B, BLOCK // 4), 0, tl.int32) + stream
-    w0, w1, w2, w3 = tl.philox(seed, unit, row, step, streams, _ROUNDS)
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_B, BLOCK))
-    return tl.where((words >> 1).to(tl.int32) >= threshold, scale, 0.0)
+    zeros = tl.zeros((BLOCK_B, BLOCK // 8), tl.int32)
+    calls = (first // 8 + tl.arange(0, BLOCK // 8))[None, :] + zeros
+    row = rows[:, None].to(tl.int32) + zeros
+    w0, w1, w2, w3 = tl.philox(seed, calls, row, zeros + t, zeros + stream, _ROUNDS)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    halves = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK_B, BLOCK))
+    return tl.where(halves.to(tl.int32) >= threshold, scale, 0.0)
 
 
 @triton.jit

@@ -90,10 +90,9 @@ class RecurrentDropout(NamedTuple):
         if self.seed is None:
             return None if self.mask is None else self.mask.to(hx.dtype)
         directions, batch, size = hx.shape
-        count = steps if self.per_step else 1
         streams = range(self.stream, self.stream + directions)
-        masks = [dropout.recurrent_mask(self.seed, count, batch, size, self.p, s, hx.dtype) for s in streams]
-        return torch.stack(masks)
+        count = steps if self.per_step else 1
+        return dropout.recurrent_masks(self.seed, streams, count, batch, size, self.p, hx.dtype)
 
 
 class Recurrence(NamedTuple):
