@@ -19,24 +19,27 @@ def threshold_and_scale(p: float) -> tuple[int, float]:
     """The 16-bit number below which an element is dropped, and what kept elements are multiplied by.
 
     p is thereby rounded to 2⁻¹⁶; the scale is one over the exact probability of being kept, rounded
-    to float32 as a kernel argument is, so that every backend has the same mask.
+    to float32 as a kernel argument is, so that every backend has the same mask. Where nothing is kept,
+    the scale is 0.
     """
-    threshold = round(p * 2**16)
-    kept = 1 - threshold / 2**16
-    return threshold, float(torch.tensor(1 / kept, dtype=torch.float32)) if kept else 0.0
+    dropped = round(p * 2**16)
+    scale = float(torch.tensor(1 / (1 - dropped / 2**16), dtype=torch.float32)) if dropped < 2**16 else 0.0
+    return min(dropped, 2**16 - 1), scale
 
 
-def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, ...]:
-    """Four 32-bit words, as int64 tensors, for each counter (c0, c1, c2, c3); `seed` holds one int64."""
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    w0, w1, w2, w3 = c0, c1, c2, c3
-    for _ in range(ROUNDS):
-        # The product of two 32-bit words wraps in int64, but its 64 bits are right.
-        a, b = w0 * 0xD2511F53, w2 * 0xCD9E8D57
-        w0, w1 = ((b >> 32) & _WORD) ^ (w1 ^ k0), b & _WORD
-        w2, w3 = ((a >> 32) & _WORD) ^ (w3 ^ k1), a & _WORD
-        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    return w0, w1, w2, w3
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> list[Tensor]:
+    """Four 32-bit words, in the low halves of int64, for each counter (c0, c1, c2, c3); `seed` holds one int64."""
+    rounds = torch.arange(ROUNDS, device=seed.device)
+    k0 = (((seed & _WORD) + 0x9E3779B9 * rounds) & _WORD).unbind()
+    k1 = (((seed >> 32 & _WORD) + 0xBB67AE85 * rounds) & _WORD).unbind()
+    # The product of two 32-bit words wraps in int64, but its 64 bits are right. Its low word is only
+    # xored next: what stands above it is cut off there.
+    for r in range(ROUNDS):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0 = ((b >> 32) ^ (c1 ^ k0[r])).bitwise_and_(_WORD)
+        c2 = ((a >> 32) ^ (c3 ^ k1[r])).bitwise_and_(_WORD)
+        c1, c3 = b, a
+    return [c0, c1, c2, c3]
 
 
 def recurrent_masks(
@@ -64,6 +67,8 @@ def recurrent_masks(
     c1 = torch.arange(batch, device=device).view(-1, 1)
     c0 = torch.arange(calls, device=device)
     words = torch.stack(torch.broadcast_tensors(*philox(seed, c0, c1, c2, c3)), -1)
-    halves = torch.stack([words & 0xFFFF, words >> 16], -1)
+    # The 16-bit halves of the words, the lower one first; with the sign bit turned over, signed
+    # numbers compare as unsigned ones do.
+    halves = words.to(torch.int32).view(torch.int16).bitwise_xor_(-(2**15))
     elements = halves.view(len(streams), steps, batch, calls * PER_CALL)[..., :units]
-    return (elements >= threshold).to(dtype) * scale
+    return (elements >= threshold - 2**15).to(dtype).mul_(scale)

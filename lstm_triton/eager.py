@@ -34,45 +34,38 @@ def forward(
     hidden, size = cx.size(2), hx.size(2)
     output = hx.new_empty(total, directions * size)
     c_all = cx.new_empty(directions, total, hidden)
-    states = []
+    g_all = cx.new_empty(total, hidden)
+    hn, cn = torch.empty_like(hx), torch.empty_like(cx)
+    steps = layout.split
     for d in range(directions):
+        reverse = d == 1
         w_hh = weight_hh[d].t()
         w_hr = weight_hr[d].t() if weight_hr else None
-        # Views of every step, made at once: cheaper than slicing inside the loop.
-        a, y, c_out = (x.split(layout.rows) for x in (gates[d], output[:, d * size : (d + 1) * size], c_all[d]))
-        i_f, g, o, i, f = (
-            x.split(layout.rows)
-            for x in (
-                gates[d, :, : 2 * hidden],
-                gates[d, :, 2 * hidden : 3 * hidden],
-                gates[d, :, 3 * hidden :],
-                gates[d, :, :hidden],
-                gates[d, :, hidden : 2 * hidden],
-            )
-        )
-        masks = None if mask is None else mask[d].unbind(0)
+        a = gates[d]
+        i, f, a_g, o = a.unflatten(1, (4, hidden)).unbind(1)
+        # Views of every step, made at once and in the order of the loop: cheaper than slicing in it.
+        views = [steps(x, reverse) for x in (a, a_g, g_all, i, f, o, c_all[d])]
+        y_views = steps(output[:, d * size : (d + 1) * size], reverse)
+        masks = layout.masks(None if mask is None else mask[d], reverse)
         h, c = hx[d], cx[d]
-        for t in layout.order(reverse=d == 1):
-            rows = layout.rows[t]
-            h_t, c_t = (h, c) if rows == layout.batch else (h[:rows], c[:rows])
-            if masks is not None:
-                h_t = h_t * masks[t if len(masks) > 1 else 0][:rows]
-            a[t].addmm_(h_t, w_hh)
-            i_f[t].sigmoid_()
-            g[t].tanh_()
-            o[t].sigmoid_()
-            torch.mul(f[t], c_t, out=c_out[t]).addcmul_(i[t], g[t])
-            q = torch.tanh(c_out[t])
+        for (a_t, ag_t, g_t, i_t, f_t, o_t, c_t), y_t, m_t in zip(zip(*views, strict=True), y_views, masks, strict=True):
+            rows = a_t.size(0)
+            whole = rows == layout.batch
+            h_prev, c_prev = (h, c) if whole else (h[:rows], c[:rows])
+            a_t.addmm_(h_prev if m_t is None else h_prev * m_t, w_hh)
+            torch.tanh(ag_t, out=g_t)
+            a_t.sigmoid_()  # of all four gates in one go; that of g is replaced below
+            torch.mul(f_t, c_prev, out=c_t).addcmul_(i_t, g_t)
             if w_hr is None:
-                torch.mul(q, o[t], out=y[t])
+                torch.mul(torch.tanh(c_t), o_t, out=y_t)
             else:
-                torch.mm(q.mul_(o[t]), w_hr, out=y[t])
-            if rows == layout.batch:
-                h, c = y[t], c_out[t]
+                torch.mm(torch.tanh(c_t).mul_(o_t), w_hr, out=y_t)
+            if whole:
+                h, c = y_t, c_t
             else:  # rows that have ended, or (in reverse) not begun, keep their state
-                h, c = torch.cat([y[t], h[rows:]]), torch.cat([c_out[t], c[rows:]])
-        states.append((h, c))
-    hn, cn = (torch.stack(x) for x in zip(*states, strict=True))
+                h, c = torch.cat([y_t, h[rows:]]), torch.cat([c_t, c[rows:]])
+        a_g.copy_(g_all)
+        hn[d], cn[d] = h, c
     return Recurrence(output, hn, cn, gates, c_all)
 
 
@@ -94,7 +87,8 @@ def backward(
     dgates = torch.empty_like(saved.gates)
     h_prev = hx.new_empty(directions, total, size)
     dh_all = hx.new_empty(directions, total, size) if weight_hr else hx.new_empty(0)
-    states = []
+    dhx, dcx = dhn.clone(), dcn.clone()
+    steps = layout.split
     for d in range(directions):
         reverse = d == 1
         columns = slice(d * size, (d + 1) * size)
@@ -111,30 +105,29 @@ def backward(
         if mask is not None:
             h_prev[d] *= flat_mask(mask[d], layout)
 
-        da, dc_factor, do_factor, dy, h_to_c_t, f_t = (
-            x.split(layout.rows) for x in (dgates[d], factors[:, :3], factors[:, 3], doutput[:, columns], h_to_c, f)
-        )
-        dh_out = dh_all[d].split(layout.rows) if weight_hr else None
-        masks = None if mask is None else mask[d].unbind(0)
-        dh, dc = dhn[d], dcn[d]
-        for t in layout.order(not reverse):
-            rows = layout.rows[t]
-            whole = rows == layout.batch
-            dh_t = dy[t] + (dh if whole else dh[:rows])
+        # The states' gradients, taken back in place: a step's rows are the first of them.
+        dh, dc = dhx[d], dcx[d]
+        views = [steps(x, not reverse) for x in (dgates[d], factors[:, :3], factors[:, 3], h_to_c, f)]
+        views.append(steps(doutput[:, columns], not reverse))
+        dh_out = steps(dh_all[d], not reverse) if weight_hr else None
+        masks = layout.masks(None if mask is None else mask[d], not reverse)
+        w_hh = weight_hh[d]
+        for s, (step, m_t) in enumerate(zip(zip(*views, strict=True), masks, strict=True)):
+            da_t, factors_t, do_t, h_to_c_t, f_t, dy_t = step
+            rows = da_t.size(0)
+            dh_t, dc_t = (dh, dc) if rows == layout.batch else (dh[:rows], dc[:rows])
+            dh_t.add_(dy_t)
+            dq_t = dh_t
             if dh_out is not None:
-                dh_out[t].copy_(dh_t)
-                dh_t = dh_t @ weight_hr[d]
-            dc_t = torch.addcmul(dc if whole else dc[:rows], dh_t, h_to_c_t[t])
-            dc_factor[t].mul_(dc_t.unsqueeze(1))
-            do_factor[t].mul_(dh_t)
-            dh_t = da[t] @ weight_hh[d]
-            if masks is not None:
-                dh_t.mul_(masks[t if len(masks) > 1 else 0][:rows])
-            dc_t.mul_(f_t[t])
-            dh = dh_t if whole else torch.cat([dh_t, dh[rows:]])
-            dc = dc_t if whole else torch.cat([dc_t, dc[rows:]])
-        states.append((dh, dc))
-    dhx, dcx = (torch.stack(x) for x in zip(*states, strict=True))
+                dh_out[s].copy_(dh_t)
+                dq_t = dh_t @ weight_hr[d]
+            dc_t.addcmul_(dq_t, h_to_c_t)
+            factors_t.mul_(dc_t.unsqueeze(1))
+            do_t.mul_(dq_t)
+            torch.mm(da_t, w_hh, out=dh_t)
+            if m_t is not None:
+                dh_t.mul_(m_t)
+            dc_t.mul_(f_t)
     return Gradients(dgates, dhx, dcx, h_prev, dh_all)
 
 

@@ -6,6 +6,7 @@ each step has B rows. N is the number of rows in all, D the number of directions
 size and K the size of h: `proj_size` where there is one, else H.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,6 +54,23 @@ class Layout:
     def order(self, reverse: bool) -> range:
         """Time steps in the order in which a direction passes them."""
         return range(self.steps - 1, -1, -1) if reverse else range(self.steps)
+
+    def split(self, flat: Tensor, reverse: bool) -> Sequence[Tensor]:
+        """Views of the rows of each step in `flat` (N, ·), in the order of `reverse`."""
+        if self.is_dense:
+            views = flat.unflatten(0, (self.steps, self.batch)).unbind(0)
+        else:
+            views = flat.split(self.rows)
+        return views[::-1] if reverse else views
+
+    def masks(self, mask: Tensor | None, reverse: bool) -> Sequence[Tensor | None]:
+        """A direction's mask (T or 1, B, K) as one of the rows of each step, in the order of `reverse`."""
+        if mask is None:
+            return [None] * self.steps
+        views = mask.unbind(0) if mask.size(0) > 1 else [mask[0]] * self.steps
+        if not self.is_dense:
+            views = [m[:rows] for m, rows in zip(views, self.rows, strict=True)]
+        return views[::-1] if reverse else views
 
     def previous(self, flat: Tensor, initial: Tensor, reverse: bool) -> Tensor:
         """The state before each step, in the order of `reverse`.
