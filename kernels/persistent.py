@@ -48,7 +48,8 @@ def forward_kernel(
     w_g = tl.load(w_at + 2 * H * K, mask=weight_mask, other=0.0)
     w_o = tl.load(w_at + 3 * H * K, mask=weight_mask, other=0.0)
     if HAS_HR:
-        w_r = tl.load(w_hr_ptr + d * K * H + ks[None, :] * H + hs[:, None], mask=(hs < H)[:, None] & (ks < K)[None, :], other=0.0)
+        hr_mask = (hs < H)[:, None] & (ks < K)[None, :]
+        w_r = tl.load(w_hr_ptr + d * K * H + ks[None, :] * H + hs[:, None], mask=hr_mask, other=0.0)
     state_h = ((d * B + rows) * K)[:, None] + ks[None, :]
     state_c = ((d * B + rows) * H)[:, None] + hs[None, :]
     mask_h = in_batch[:, None] & (ks < K)[None, :]
@@ -143,7 +144,8 @@ def backward_kernel(
     w_g = tl.load(w_at + 2 * H * K, mask=weight_mask, other=0.0)
     w_o = tl.load(w_at + 3 * H * K, mask=weight_mask, other=0.0)
     if HAS_HR:
-        w_r = tl.load(w_hr_ptr + d * K * H + ks[:, None] * H + hs[None, :], mask=(ks < K)[:, None] & (hs < H)[None, :], other=0.0)
+        hr_mask = (ks < K)[:, None] & (hs < H)[None, :]
+        w_r = tl.load(w_hr_ptr + d * K * H + ks[:, None] * H + hs[None, :], mask=hr_mask, other=0.0)
     state_h = ((d * B + rows) * K)[:, None] + ks[None, :]
     state_c = ((d * B + rows) * H)[:, None] + hs[None, :]
     mask_h = in_batch[:, None] & (ks < K)[None, :]
@@ -165,10 +167,11 @@ def backward_kernel(
         h_mask = live[:, None] & (ks < K)[None, :]
         plane = d.to(tl.int64) * N
 
-        c_prev = tl.load(c_ptr + ((plane + at_before) * H)[:, None] + hs[None, :], mask=cell_mask & had[:, None], other=0.0)
-        c_prev = tl.where(had[:, None], c_prev, cx)
-        h_prev = tl.load(y_ptr + (at_before * D * K + d * K)[:, None] + ks[None, :], mask=h_mask & had[:, None], other=0.0)
-        h_prev = tl.where(had[:, None], h_prev, hx)
+        had = had[:, None]
+        c_at = c_ptr + ((plane + at_before) * H)[:, None] + hs[None, :]
+        c_prev = tl.where(had, tl.load(c_at, mask=cell_mask & had, other=0.0), cx)
+        y_at = y_ptr + (at_before * D * K + d * K)[:, None] + ks[None, :]
+        h_prev = tl.where(had, tl.load(y_at, mask=h_mask & had, other=0.0), hx)
         if DROPOUT != "none":
             m = mask_tile(
                 mask_ptr, d, t, mask_steps, B, rows, 0, ks, live, threshold, scale, stream,

@@ -8,14 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+from bench.tolerances import TOLERANCES
 from lstm_triton import TritonLSTM
 
 # Largest relative error, |ours - reference| / |reference| in the 2-norm over a tensor, by dtype.
 TOLERANCE = {
-    torch.float64: 1e-9,
-    torch.float32: 2e-5,
-    torch.float16: 4e-3,
-    torch.bfloat16: 2e-2,
+    dtype: TOLERANCES[name][1]
+    for dtype, name in (
+        (torch.float64, "fp64"),
+        (torch.float32, "fp32"),
+        (torch.float16, "fp16"),
+        (torch.bfloat16, "bf16"),
+    )
 }
 
 

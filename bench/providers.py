@@ -1,0 +1,94 @@
+"""What is compared: ways to run one and the same LSTM."""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.shapes import Shape
+from lstm_triton import TritonLSTM
+
+REFERENCE = "nn.LSTM"
+LOOP = "loop"
+_TRITON_LSTM = {f"TritonLSTM-{backend}": backend for backend in ("auto", "torch", "eager", "triton")}
+AUTO = "TritonLSTM-auto"
+# Those whose arithmetic is this project's.
+OWN = ("TritonLSTM-eager", "TritonLSTM-triton")
+PROVIDERS = (REFERENCE, *_TRITON_LSTM, LOOP)
+
+
+def available(device: torch.device) -> list[str]:
+    """The providers that run on `device`. Kernels in Triton's interpreter say nothing about speed: never timed."""
+    triton_runs = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return [name for name in PROVIDERS if _TRITON_LSTM.get(name) != "triton" or triton_runs]
+
+
+def label(provider: str, device_type: str, hip: bool = False) -> str:
+    """How plots and tables call a provider."""
+    if provider == REFERENCE:
+        library = ("MIOpen" if hip else "cuDNN") if device_type == "cuda" else "oneDNN"
+        return f"nn.LSTM ({library})"
+    if provider == LOOP:
+        return "per-step loop"
+    return f"TritonLSTM ({_TRITON_LSTM[provider]})"
+
+
+class LoopLSTM(nn.Module):
+    """The LSTM as users write it where `nn.LSTM` lacks something: an `nn.LSTMCell` called at each step."""
+
+    def __init__(self, lstm: nn.LSTM) -> None:
+        super().__init__()
+        self.hidden_size, self.directions = lstm.hidden_size, 2 if lstm.bidirectional else 1
+        self.cells = nn.ModuleList()
+        for layer in range(lstm.num_layers):
+            for suffix in ("", "_reverse")[: self.directions]:
+                w_ih, w_hh, b_ih, b_hh = (
+                    getattr(lstm, f"{kind}_l{layer}{suffix}").detach()
+                    for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+                )
+                cell = nn.LSTMCell(w_ih.size(1), w_hh.size(1), device=w_ih.device, dtype=w_ih.dtype)
+                cell.load_state_dict({"weight_ih": w_ih, "weight_hh": w_hh, "bias_ih": b_ih, "bias_hh": b_hh})
+                self.cells.append(cell)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        hn, cn = [], []
+        for k in range(0, len(self.cells), self.directions):
+            outputs = []
+            for reverse, cell in enumerate(self.cells[k : k + self.directions]):
+                h = c = input.new_zeros(input.size(1), self.hidden_size)
+                steps = []
+                for x in reversed(input) if reverse else input:
+                    h, c = cell(x, (h, c))
+                    steps.append(h)
+                outputs.append(torch.stack(steps[::-1] if reverse else steps))
+                hn.append(h)
+                cn.append(c)
+            input = torch.cat(outputs, -1)
+        return input, (torch.stack(hn), torch.stack(cn))
+
+
+def reference(shape: Shape, device: torch.device) -> nn.LSTM:
+    """The `nn.LSTM` whose weights every provider takes; the same for each call with the same shape."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        lstm = nn.LSTM(shape.hidden, shape.hidden, shape.layers, bidirectional=shape.directions == 2)
+    return lstm.to(device, shape.torch_dtype)
+
+
+def make(provider: str, lstm: nn.LSTM) -> nn.Module:
+    """The provider's module with the weights of `lstm` (its own copy of them)."""
+    if provider == LOOP:
+        return LoopLSTM(lstm)
+    weight = next(lstm.parameters())
+    options: dict[str, Any] = {
+        "input_size": lstm.input_size,
+        "hidden_size": lstm.hidden_size,
+        "num_layers": lstm.num_layers,
+        "bidirectional": lstm.bidirectional,
+        "device": weight.device,
+        "dtype": weight.dtype,
+    }
+    module = nn.LSTM(**options) if provider == REFERENCE else TritonLSTM(**options, backend=_TRITON_LSTM[provider])
+    module.load_state_dict(lstm.state_dict())
+    return module
