@@ -68,9 +68,9 @@ def torch_lstm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's operator: cuDNN, MIOpen, oneDNN or ATen."""
     outputs = _operator(input, batch_sizes, hx, weights, options)
-    dropped = options.training and options.dropout > 0 and options.num_layers > 1
-    if input.is_cuda and outputs[0].requires_grad and not dropped and not torch.compiler.is_compiling():
-        return _DoubleBackward.apply(batch_sizes, options, *outputs, input, *hx, *weights)
+    if input.is_cuda and outputs[0].requires_grad and not torch.compiler.is_compiling():
+        dropped = options.training and options.dropout > 0 and options.num_layers > 1
+        return outputs if dropped else _DoubleBackward.apply(batch_sizes, options, *outputs, input, *hx, *weights)
     return outputs
 
 

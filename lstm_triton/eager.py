@@ -48,7 +48,8 @@ def forward(
         y_views = steps(output[:, d * size : (d + 1) * size], reverse)
         masks = layout.masks(None if mask is None else mask[d], reverse)
         h, c = hx[d], cx[d]
-        for (a_t, ag_t, g_t, i_t, f_t, o_t, c_t), y_t, m_t in zip(zip(*views, strict=True), y_views, masks, strict=True):
+        for gate_views, y_t, m_t in zip(zip(*views, strict=True), y_views, masks, strict=True):
+            a_t, ag_t, g_t, i_t, f_t, o_t, c_t = gate_views
             rows = a_t.size(0)
             whole = rows == layout.batch
             h_prev, c_prev = (h, c) if whole else (h[:rows], c[:rows])

@@ -94,13 +94,14 @@ def run(
     """`lstm` without its checks of shapes and options."""
     drops = mask is not None or (options.training and options.recurrent_dropout > 0)
     backend = options.backend
-    if batch_sizes is None and 0 in input.shape[:2]:
+    if batch_sizes is None and input.numel() == 0:
         if input.size(1 if options.batch_first else 0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         return dispatch.torch_lstm(input, batch_sizes, hx, weights, options)  # no rows: nothing to run or drop
     if backend == "auto":
-        records = torch.is_grad_enabled() and (weights[0].requires_grad or input.requires_grad)
-        backend = dispatch.auto(input, batch_sizes is not None, drops, records)
+        packed = batch_sizes is not None
+        records = packed and torch.is_grad_enabled() and (weights[0].requires_grad or input.requires_grad)
+        backend = dispatch.auto(input, packed, drops, records)
     if backend == "torch":
         if drops:
             raise ValueError("backend='torch' has no recurrent dropout; use 'auto', 'eager' or 'triton'")

@@ -102,62 +102,44 @@ class TritonLSTM(nn.RNNBase):
         self._update_flat_weights()
         if isinstance(input, PackedSequence):
             data, batch_sizes, order, restore = input
-            hx = self._states(data, int(batch_sizes[0]), hx, order)
-            self._check(data, hx, batch_sizes)
-            output, hn, cn = self._run(data, batch_sizes, hx)
+            if hx is not None and order is not None:
+                hx = (hx[0].index_select(1, order), hx[1].index_select(1, order))
+            output, hn, cn = self._run(data, batch_sizes, hx, int(batch_sizes[0]) if hx is None else 0)
             if restore is not None:
                 hn, cn = hn.index_select(1, restore), cn.index_select(1, restore)
             return PackedSequence(output, batch_sizes, order, restore), (hn, cn)
 
-        if input.dim() not in (2, 3):
-            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        if input.dim() == 3:
-            if hx is not None and (hx[0].dim() != 3 or hx[1].dim() != 3):
-                raise RuntimeError(
-                    "For batched 3-D input, hx and cx should also be 3-D but got "
-                    f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-                )
-            hx = self._states(input, input.size(0 if self.batch_first else 1), hx)
-            self._check(input, hx, None)
-            output, hn, cn = self._run(input, None, hx)
-            return output, (hn, cn)
-
-        if hx is not None:
-            if hx[0].dim() != 2 or hx[1].dim() != 2:
-                raise RuntimeError(
-                    "For unbatched 2-D input, hx and cx should also be 2-D but got "
-                    f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-                )
-            hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        dims = input.dim()
+        if dims not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {dims}D instead")
+        if hx is not None and (hx[0].dim() != dims or hx[1].dim() != dims):
+            raise RuntimeError(
+                f"For {'batched 3-D' if dims == 3 else 'unbatched 2-D'} input, hx and cx should also be {dims}-D "
+                f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            )
         batch_dim = 0 if self.batch_first else 1
-        hx = self._states(input, 1, hx)
-        input = input.unsqueeze(batch_dim)
-        self._check(input, hx, None)
-        output, hn, cn = self._run(input, None, hx)
+        if dims == 3:
+            output, hn, cn = self._run(input, None, hx, input.size(batch_dim))
+            return output, (hn, cn)
+        if hx is not None:
+            hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        output, hn, cn = self._run(input.unsqueeze(batch_dim), None, hx, 1)
         return output.squeeze(batch_dim), (hn.squeeze(1), cn.squeeze(1))
 
-    def _states(
-        self, input: Tensor, batch: int, hx: tuple[Tensor, Tensor] | None, order: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The initial states: those given, in the order of a packed batch, or zeros."""
-        if hx is not None:
-            return hx if order is None else (hx[0].index_select(1, order), hx[1].index_select(1, order))
-        count = self.num_layers * (2 if self.bidirectional else 1)
-        c = input.new_zeros(count, batch, self.hidden_size)
-        return (input.new_zeros(count, batch, self.proj_size) if self.proj_size else c), c
-
-    def _check(self, input: Tensor, hx: tuple[Tensor, Tensor], batch_sizes: Tensor | None) -> None:
-        self.check_input(input, batch_sizes)
-        if batch_sizes is not None and torch.compiler.is_compiling():
-            return  # B is data of batch_sizes, which a trace doesn't know
-        expected = self.get_expected_hidden_size(input, batch_sizes)
-        self.check_hidden_size(hx[0], expected, "Expected hidden[0] size {}, got {}")
-        expected = (*expected[:2], self.hidden_size)
-        self.check_hidden_size(hx[1], expected, "Expected hidden[1] size {}, got {}")
-
     def _run(
-        self, input: Tensor, batch_sizes: Tensor | None, hx: tuple[Tensor, Tensor]
+        self, input: Tensor, batch_sizes: Tensor | None, hx: tuple[Tensor, Tensor] | None, batch: int
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output and final states of a batched input; `hx` None stands for zeros."""
+        self.check_input(input, batch_sizes)
+        if hx is None:
+            count = self.num_layers * (2 if self.bidirectional else 1)
+            c = input.new_zeros(count, batch, self.hidden_size)
+            hx = (input.new_zeros(count, batch, self.proj_size) if self.proj_size else c, c)
+        elif batch_sizes is None or not torch.compiler.is_compiling():  # a trace doesn't know a packed batch's B
+            expected = self.get_expected_hidden_size(input, batch_sizes)
+            self.check_hidden_size(hx[0], expected, "Expected hidden[0] size {}, got {}")
+            expected = (*expected[:2], self.hidden_size)
+            self.check_hidden_size(hx[1], expected, "Expected hidden[1] size {}, got {}")
         options = Options(
             self.num_layers, self.bias, self.dropout, self.training, self.bidirectional, self.batch_first,
             self.recurrent_dropout, self.recurrent_dropout_mode, self.backend,

@@ -57,10 +57,7 @@ class Layout:
 
     def split(self, flat: Tensor, reverse: bool) -> Sequence[Tensor]:
         """Views of the rows of each step in `flat` (N, ·), in the order of `reverse`."""
-        if self.is_dense:
-            views = flat.unflatten(0, (self.steps, self.batch)).unbind(0)
-        else:
-            views = flat.split(self.rows)
+        views = flat.unflatten(0, (self.steps, self.batch)).unbind(0) if self.is_dense else flat.split(self.rows)
         return views[::-1] if reverse else views
 
     def masks(self, mask: Tensor | None, reverse: bool) -> Sequence[Tensor | None]:

@@ -34,6 +34,7 @@ def test_mask_statistics(p: float) -> None:
 
 def test_mask_depends_on_everything() -> None:
     """Another seed, stream, step, row or unit has another mask; the same ones the same."""
+
     def draw(seed: int = 7, streams: range = range(3, 5), steps: int = 20, batch: int = 20, units: int = 20):
         return recurrent_masks(torch.tensor([seed]), streams, steps, batch, units, 0.5, torch.float32)
 
