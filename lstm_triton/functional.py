@@ -145,25 +145,24 @@ def _stack(
     else:
         assert batch_sizes is not None
         steps, x = batch_sizes.size(0), input.contiguous()
+    p, per_step = options.recurrent_dropout, options.recurrent_dropout_mode == "step"
     seed = None
     if drops and mask is None:
         seed = torch.randint(2**63 - 1, (1,), device=input.device)
+        if backend == "eager":  # draws the masks of all layers at once, the kernels draw theirs as they go
+            mask, seed = RecurrentDropout(None, seed, p, per_step, 0).drawn(steps, h0), None
+    if mask is not None:
+        mask = mask.to(state_dtype(x.dtype))
     save = torch.is_grad_enabled() and any(x.requires_grad for x in (x, h0, c0, *weights))
     each = len(weights) // options.num_layers
-    per_step = options.recurrent_dropout_mode == "step"
     hn, cn = [], []
     for k in range(options.num_layers):
         if k and options.dropout > 0 and options.training:
             x = F.dropout(x, options.dropout, True)
         rows = slice(k * directions, (k + 1) * directions)
-        layer_mask = None if mask is None else mask[rows].to(state_dtype(x.dtype))
-        layer_seed = seed
-        if seed is not None and backend == "eager":  # its masks are drawn outside, at once
-            drawing = RecurrentDropout(None, seed, options.recurrent_dropout, per_step, rows.start)
-            layer_mask, layer_seed = drawing.drawn(steps, h0[rows].to(state_dtype(x.dtype))), None
         x, h, c, *_ = layer_op(
             x, batch_sizes, h0[rows], c0[rows], weights[k * each : (k + 1) * each], options.bias,
-            layer_mask, layer_seed, options.recurrent_dropout, per_step, rows.start, backend, save,
+            None if mask is None else mask[rows], seed, p, per_step, rows.start, backend, save,
         )  # fmt: skip
         hn.append(h)
         cn.append(c)
