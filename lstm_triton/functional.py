@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lstm_triton import dispatch
-from lstm_triton.ops import layer as layer_op
+from lstm_triton import dispatch, ops
 from lstm_triton.recurrence import RecurrentDropout, state_dtype
 
 MODES = ("step", "sequence")
@@ -160,7 +159,7 @@ def _stack(
         if k and options.dropout > 0 and options.training:
             x = F.dropout(x, options.dropout, True)
         rows = slice(k * directions, (k + 1) * directions)
-        x, h, c, *_ = layer_op(
+        x, h, c, *_ = ops.run(
             x, batch_sizes, h0[rows], c0[rows], weights[k * each : (k + 1) * each], options.bias,
             None if mask is None else mask[rows], seed, p, per_step, rows.start, backend, save,
         )  # fmt: skip

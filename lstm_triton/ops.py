@@ -4,12 +4,14 @@ The input product of all steps is one GEMM before the recurrence; the gradients 
 biases and input are GEMMs after it. Only the recurrence itself has several ways to run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lstm_triton import eager, plan, reference
 from lstm_triton.recurrence import Gradients, Layout, Recurrence, RecurrentDropout, rnn_precision, state_dtype
@@ -34,8 +36,7 @@ def gemms_as_rnn(input: Tensor) -> Iterator[None]:
         matmul.fp32_precision = given
 
 
-@torch.library.custom_op("lstm_triton::layer", mutates_args=())
-def layer(
+def forward(
     input: Tensor,
     batch_sizes: Tensor | None,
     hx: Tensor,
@@ -90,6 +91,9 @@ def _recurrent(directions: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
     return [d[1] for d in directions], [d[4] for d in directions if d[4] is not None]
 
 
+layer = torch.library.custom_op("lstm_triton::layer", forward, mutates_args=())
+
+
 @layer.register_fake
 def _(input, batch_sizes, hx, cx, weights, bias, mask, seed, p, per_step, stream, backend, save):
     total, (directions, batch, size), hidden = input.size(0), hx.shape, cx.size(2)
@@ -104,8 +108,7 @@ def _(input, batch_sizes, hx, cx, weights, bias, mask, seed, p, per_step, stream
     )
 
 
-@torch.library.custom_op("lstm_triton::layer_backward", mutates_args=())
-def layer_backward(
+def backward(
     doutput: Tensor,
     dhn: Tensor,
     dcn: Tensor,
@@ -127,7 +130,7 @@ def layer_backward(
     input_wanted: bool,
     weights_wanted: bool,
 ) -> list[Tensor]:
-    """The gradients of `layer`: those of input, hx, cx and of each of `weights`.
+    """The gradients of `forward`: those of input, hx, cx and of each of `weights`.
 
     Those of the input and of the weights are empty where they aren't wanted.
     """
@@ -168,6 +171,9 @@ def _weight_gradients(found: Gradients, saved: Recurrence, input: Tensor, bias: 
     return gradients
 
 
+layer_backward = torch.library.custom_op("lstm_triton::layer_backward", backward, mutates_args=())
+
+
 @layer_backward.register_fake
 def _(
     doutput, dhn, dcn, input, batch_sizes, hx, cx, weights, bias, mask, seed, p, per_step, stream, backend,
@@ -190,7 +196,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(input, batch_sizes, hx, cx, mask, seed, y, gates, c, *weights)
 
 
-def _backward(ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, *_: None) -> tuple[Any, ...]:
+def _gradients(run: Callable[..., list[Tensor]], ctx: Any, dy: Any, dhn: Any, dcn: Any, *_: None) -> tuple[Any, ...]:
+    """The gradients of `forward`'s arguments; `run` is `backward`, as a function or an operator."""
     input, batch_sizes, hx, cx, mask, seed, y, gates, c, *weights = ctx.saved_tensors
     p, per_step, stream, backend = ctx.options
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
@@ -204,9 +211,11 @@ def _backward(ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | Non
         def rerun(input: Tensor, hx: Tensor, cx: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
             return reference.layer(input, hx, cx, list(weights), ctx.bias, batch_sizes, mask)
 
-        gradients = reference.differentiable_vjp(rerun, [input, hx, cx, *weights], [dy, dhn, dcn])
+        gradients: Sequence[Tensor | None] = reference.differentiable_vjp(
+            rerun, [input, hx, cx, *weights], [dy, dhn, dcn]
+        )
     else:
-        gradients = layer_backward(
+        gradients = run(
             dy, dhn, dcn, input, batch_sizes, hx, cx, weights, ctx.bias, mask, seed, *ctx.options,
             y, gates, c, input_wanted, weights_wanted,
         )  # fmt: skip
@@ -221,4 +230,38 @@ def _backward(ctx: Any, dy: Tensor | None, dhn: Tensor | None, dcn: Tensor | Non
     )
 
 
-layer.register_autograd(_backward, setup_context=_setup_context)
+layer.register_autograd(partial(_gradients, layer_backward), setup_context=_setup_context)
+
+
+class _Layer(torch.autograd.Function):
+    """`layer` for calls that nothing traces, with a fraction of an operator's overhead.
+
+    `save_for_backward` and the engine see tensors among the arguments only, not in lists: weights come last, unpacked.
+    """
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return forward(*_packed(arguments))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _setup_context(ctx, _packed(inputs), output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        dinput, batch_sizes, dhx, dcx, dweights, *rest = _gradients(backward, ctx, *gradients)
+        return dinput, batch_sizes, dhx, dcx, *rest, *dweights
+
+
+def _packed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of `_Layer` as `forward` takes them."""
+    return *arguments[:4], list(arguments[12:]), *arguments[4:12]
+
+
+def run(
+    input: Tensor, batch_sizes: Tensor | None, hx: Tensor, cx: Tensor, weights: list[Tensor], *options: Any
+) -> tuple[Tensor, ...]:
+    """`forward` with gradients, in the way that suits the call; arguments and results as there."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return layer(input, batch_sizes, hx, cx, weights, *options)
+    return _Layer.apply(input, batch_sizes, hx, cx, *options, *weights)

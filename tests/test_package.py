@@ -12,6 +12,7 @@ class Gone:
         if name.split(".")[0] == "triton":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Gone())
+import importlib.util
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name == "triton" else found(name, package)
 import torch

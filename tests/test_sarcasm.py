@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -358,13 +357,3 @@ def test_real_data_is_as_the_review_had_it(corpus: published.Corpus) -> None:
     facts = {key: round(value, 2) for key, value in corpus.facts.items()}
     assert facts["unknown_tokens_percent"] == 36.35 and facts["vocabulary"] == 1000
     assert facts["test_headlines_also_in_train"] == 37 and facts["majority_baseline"] == 56.10
-
-
-def test_recipes_to_come_are_announced(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.sarcasm import recipes
-
-    recipes_without: dict[str, ModuleType] = {"published": published}
-    monkeypatch.setattr("bench.sarcasm.__main__.RECIPES", recipes_without)
-    assert set(recipes.RECIPES) <= set(recipes.CHOICES)
-    assert command("--recipe", "best", "--data", "synthetic") == 2
-    assert "'best' is not written yet; there is: published" in capsys.readouterr().err
