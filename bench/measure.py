@@ -185,4 +185,3 @@ def interleave(a: Call, b: Call, pairs: int) -> tuple[list[float], list[float]]:
 def median_ratio(times_a: list[float], times_b: list[float]) -> float:
     """The median over pairs of how many times as long `b` took as `a`."""
     return statistics.median(b / a for a, b in zip(times_a, times_b, strict=True))
-

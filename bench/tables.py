@@ -89,7 +89,7 @@ def markdown(results: Results, plots: Sequence[tuple[str, str]]) -> str:
 
 
 _AUTO = (
-    "`nn.LSTM` and `TritonLSTM` with backend \"auto\" called in turns. The ratio is the median over pairs of "
+    '`nn.LSTM` and `TritonLSTM` with backend "auto" called in turns. The ratio is the median over pairs of '
     "calls of the time of `TritonLSTM` over that of `nn.LSTM`: below 1 `TritonLSTM` is faster."
 )
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from bench.sarcasm import data, report
-from bench.sarcasm.recipes import CHOICES, RECIPES
+from bench.sarcasm import data
+from bench.sarcasm.recipes import RECIPES, REPORTS
 from bench.sarcasm.run import RunError, run
 
 BACKENDS = ("auto", "eager", "triton", "torch")
@@ -23,8 +23,14 @@ def parser() -> argparse.ArgumentParser:
         help="the data set (JSON array, JSON lines, CSV, each maybe gzipped), or generated headlines; "
         "default: the file that LSTM_TRITON_DATA names, else a download kept in the cache folder",
     )
-    parser.add_argument("--recipe", choices=CHOICES, default="published", help="default: %(default)s")
-    parser.add_argument("--epochs", type=positive, metavar="N", help="default: the recipe's own number")
+    parser.add_argument("--recipe", choices=RECIPES, default="published", help="default: %(default)s")
+    parser.add_argument(
+        "--epochs",
+        type=positive,
+        metavar="N",
+        help="default: the recipe's own number; of best, these are the epochs of classification, "
+        "which come after a fixed number of epochs as a language model",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="S", help="default: 0 1 2 3 4")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="TritonLSTM's; default: %(default)s")
     parser.add_argument(
@@ -51,13 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # results do not depend on the number of cores.
     torch.set_num_threads(1)
     try:
-        if args.recipe not in RECIPES:
-            raise RunError(f"recipe {args.recipe!r} is not written yet; there is: {', '.join(RECIPES)}")
         recipe = RECIPES[args.recipe]
         headlines = data.load(args.data)
         out = args.out or data.default_out(headlines)
         summary = run(recipe, headlines, args.backend, args.epochs or recipe.EPOCHS, args.seeds, out)
-        print(report.write(out / recipe.NAME, summary))
+        print(REPORTS[recipe.NAME](out / recipe.NAME, summary))
     except (data.DataError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -70,6 +70,26 @@ def split(labels: Sequence[int]) -> tuple[list[int], list[int]]:
     return list(train), list(test)
 
 
+def verified_split(headlines: Headlines) -> tuple[list[int], list[int]]:
+    """`split`; RuntimeError where the real data set's is not the review's."""
+    train, test = split(headlines.labels)
+    if not headlines.synthetic and split_hash(test) != SPLIT_SHA256:
+        raise RuntimeError("the train/test split differs from the review's: scikit-learn splits differently")
+    return train, test
+
+
+def split_facts(headlines: Headlines, train: Sequence[int], test: Sequence[int]) -> dict[str, float]:
+    """What the summary says of the split."""
+    seen = {headlines.texts[k] for k in train}
+    ones = sum(headlines.labels[k] for k in test)
+    return {
+        "train_headlines": len(train),
+        "test_headlines": len(test),
+        "test_headlines_also_in_train": sum(headlines.texts[k] in seen for k in test),
+        "majority_baseline": 100 * max(ones, len(test) - ones) / len(test),
+    }
+
+
 def split_hash(test: Iterable[int]) -> str:
     """sha256 (hex) of the comma-joined sorted test indices."""
     return hashlib.sha256(",".join(map(str, sorted(test))).encode()).hexdigest()
@@ -87,19 +107,11 @@ class Corpus:
         vocabulary = build_vocabulary(tokens)
         self.rows = [torch.tensor([vocabulary.get(token, UNKNOWN) for token in line]) for line in tokens]
         self.labels = torch.tensor(headlines.labels)
-        self.train, self.test = split(headlines.labels)
-        if not headlines.synthetic and split_hash(self.test) != SPLIT_SHA256:
-            raise RuntimeError("the train/test split differs from the review's: scikit-learn splits differently")
-        texts = headlines.texts
-        seen = {texts[k] for k in self.train}
-        ones = int(self.labels[self.test].sum())
+        self.train, self.test = verified_split(headlines)
         self.facts = {
-            "train_headlines": len(self.train),
-            "test_headlines": len(self.test),
+            **split_facts(headlines, self.train, self.test),
             "vocabulary": len(vocabulary),
             "unknown_tokens_percent": 100 * float((torch.cat(self.rows) == UNKNOWN).double().mean()),
-            "test_headlines_also_in_train": sum(texts[k] in seen for k in self.test),
-            "majority_baseline": 100 * max(ones, len(self.test) - ones) / len(self.test),
         }
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -173,15 +185,17 @@ class Training:
         seed: fixes initialisation, order of the batches and dropout.
         backend: TritonLSTM's.
         device: where the model runs.
+        epochs: how many there will be.
     """
 
-    def __init__(self, corpus: Corpus, seed: int, backend: str, device: torch.device) -> None:
+    def __init__(self, corpus: Corpus, seed: int, backend: str, device: torch.device, epochs: int = EPOCHS) -> None:
         torch.manual_seed(seed)
         self.corpus, self.device = corpus, device
         self.model = Classifier(backend).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE)
         # Its own generator: the batches are the same whatever dropout draws, and on whatever device.
         self.order = torch.Generator().manual_seed(seed)
+        self.total_epochs = epochs
         self.batches_per_epoch = math.ceil(len(corpus.train) / BATCH) + math.ceil(len(corpus.test) / BATCH)
 
     def epoch(self, advance: Callable[[], None]) -> dict[str, float]:

@@ -1,9 +1,14 @@
-"""The recipes by name."""
+"""The recipes, and who writes their reports, by name."""
 
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from bench.sarcasm import published
+from bench.sarcasm import best, best_report, published, report
 
-# What --recipe takes; a name without a module in RECIPES is announced, but not written yet.
-CHOICES = ("published", "best")
-RECIPES: dict[str, ModuleType] = {published.NAME: published}
+RECIPES: dict[str, ModuleType] = {published.NAME: published, best.NAME: best}
+REPORTS: dict[str, Callable[[Path, dict[str, Any]], Path]] = {
+    published.NAME: report.write,
+    best.NAME: best_report.write,
+}

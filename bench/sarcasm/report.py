@@ -94,7 +94,8 @@ def markdown(runs: Runs, summary: dict[str, Any]) -> str:
         parts.append(verdict(summary))
     parts += ["![accuracy per epoch](accuracy.png)", "![loss per epoch](loss.png)"]
     parts += ["## Per seed", per_seed(runs, summary["seeds"]), "## What to know of these figures", caveats(summary)]
-    parts += ["## Run", run_table(summary)]
+    seconds = f"{summary['seconds_per_epoch']:.1f} (review: 19–20, Kaggle's P100)"
+    parts += ["## Run", run_table(summary, ["seconds per epoch, training and test", seconds])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -173,13 +174,14 @@ def caveats(summary: dict[str, Any]) -> str:
     )
 
 
-def run_table(summary: dict[str, Any]) -> str:
+def run_table(summary: dict[str, Any], seconds: list[str]) -> str:
+    """What was run where; `seconds` is the line of the time an epoch takes."""
     environment = summary["environment"]
     lines = [
         ["command", f"`{environment['command']}`"],
         ["data", f"{summary['data']}, sha256 of its content `{summary['data_sha256'][:12]}…`"],
         ["device", environment["device"] + (f", {environment['threads']} thread" if not environment["gpu"] else "")],
-        ["seconds per epoch, training and test", f"{summary['seconds_per_epoch']:.1f} (review: 19–20, Kaggle's P100)"],
+        seconds,
         *([name, str(environment[name])] for name in ("torch", "triton", "python", "commit", "date")),
     ]
     return table(["", ""], lines)

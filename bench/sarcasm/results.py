@@ -32,29 +32,34 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
-    """One line an epoch; columns are the keys of the rows (losses in nats, accuracies in percent)."""
-    lines = [",".join(rows[0]), *(",".join(f"{value:.8g}" for value in row.values()) for row in rows)]
+    """One line an epoch; columns are the keys of the rows (losses in nats, accuracies in percent).
+
+    A field is empty where the row lacks the key.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [",".join(columns), *(",".join(f"{row[key]:.8g}" if key in row else "" for key in columns) for row in rows)]
     write_atomically(path, "\n".join(lines) + "\n")
 
 
 def read_csv(path: Path) -> list[Row]:
     with path.open(encoding="utf-8", newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def summarize(
-    folder: Path, seeds: list[int], options: dict[str, Any], facts: dict[str, float], machine: dict[str, Any]
+    folder: Path, seeds: list[int], options: dict[str, Any], facts: dict[str, Any], machine: dict[str, Any]
 ) -> dict[str, Any]:
     """What summary.json holds: options, accuracies (percent) over the seeds, the data's facts, environment."""
     runs = [read_csv(folder / f"seed-{seed}.csv") for seed in seeds]
-    curves = [[row["test_accuracy"] for row in rows] for rows in runs]
-    best, last = [max(curve) for curve in curves], [curve[-1] for curve in curves]
+    tested = [[row for row in rows if "test_accuracy" in row] for rows in runs]
+    tops = [max(rows, key=lambda row: row["test_accuracy"]) for rows in tested]
+    best, last = [row["test_accuracy"] for row in tops], [rows[-1]["test_accuracy"] for rows in tested]
     return {
         **options,
         "seeds": seeds,
         "accuracy_unit": "percent",
         "best_accuracy": best,
-        "best_epoch": [curve.index(max(curve)) + 1 for curve in curves],
+        "best_epoch": [int(row["epoch"]) for row in tops],
         "last_accuracy": last,
         "mean_best_accuracy": statistics.mean(best),
         "sd_best_accuracy": deviation(best),

@@ -1,8 +1,8 @@
 """Seeds and epochs of a recipe, with checkpoints and the files that are written.
 
 A recipe is a module with NAME, EPOCHS (default number), `Corpus(headlines)` with `facts`, and
-`Training(corpus, seed, backend, device)` with `batches_per_epoch`, `epoch(advance)`, `state_dict`,
-`load_state_dict`.
+`Training(corpus, seed, backend, device, epochs)` with `total_epochs` (more than `epochs` where there
+is pre-training), `batches_per_epoch`, `epoch(advance)`, `state_dict`, `load_state_dict`.
 """
 
 import json
@@ -37,7 +37,7 @@ def run(
         recipe: one of `bench.sarcasm.RECIPES`.
         headlines: the data set.
         backend: TritonLSTM's.
-        epochs: of each seed.
+        epochs: of each seed, as the recipe counts them.
         seeds: may name seeds finished before: these are not trained again.
         out: the folder above the recipe's own.
 
@@ -103,7 +103,8 @@ def train_seed(
     recipe: ModuleType, corpus: Any, seed: int, options: dict[str, Any], device: torch.device, folder: Path
 ) -> list[Row]:
     """One row of results for each epoch; goes on from the seed's checkpoint where there is one."""
-    training = recipe.Training(corpus, seed, options["backend"], device)
+    training = recipe.Training(corpus, seed, options["backend"], device, options["epochs"])
+    total = training.total_epochs
     rows: list[Row] = []
     path = checkpoint_path(folder, seed)
     if path.exists():
@@ -112,8 +113,8 @@ def train_seed(
         training.load_state_dict(checkpoint["training"])
         rows = checkpoint["rows"]
         print(f"seed {seed}: goes on after epoch {len(rows)}")
-    with EpochProgress(seed, options["epochs"], len(rows), training.batches_per_epoch, options["data"]) as progress:
-        for epoch in range(len(rows) + 1, options["epochs"] + 1):
+    with EpochProgress(seed, total, len(rows), training.batches_per_epoch, options["data"]) as progress:
+        for epoch in range(len(rows) + 1, total + 1):
             rows.append({"epoch": epoch} | training.epoch(progress.advance))
             save_checkpoint(path, {"options": options, "rows": rows, "training": training.state_dict()})
             progress.finish(rows[-1])
@@ -144,15 +145,22 @@ class EpochProgress:
     def finish(self, row: Row) -> None:
         self.progress.advance(self.epochs)
         self.progress.reset(self.batches)
-        line = (
-            f"{self.label}, epoch {row['epoch']:.0f}/{self.count}: "
-            f"train {row['train_loss']:.4f} {row['train_accuracy']:.2f} %, "
-            f"test {row['test_loss']:.4f} {row['test_accuracy']:.2f} %, {row['seconds']:.1f} s"
-        )
+        line = f"{self.label}, epoch {row['epoch']:.0f}/{self.count}: {figures(row)}"
         if self.progress.disable:
             print(line, flush=True)
         else:
             self.progress.console.print(line, highlight=False)
+
+
+def figures(row: Row) -> str:
+    """What a row says of each split, for the screen."""
+    parts = []
+    for split in ("train", "test"):
+        forms = ((f"{split}_loss", "{:.4f}"), (f"{split}_accuracy", "{:.2f} %"))
+        values = [form.format(row[name]) for name, form in forms if name in row]
+        if values:
+            parts.append(" ".join([split, *values]))
+    return ", ".join([*parts, f"{row['seconds']:.1f} s"])
 
 
 def checkpoint_path(folder: Path, seed: int) -> Path:
