@@ -77,12 +77,14 @@ def mask_tile(
 
 
 @triton.jit
-def rows_of_step(offsets_ptr, t, B, rows, RAGGED: tl.constexpr):
-    """Where batch rows `rows` are among the N at step t, and which of them that step has."""
+def rows_of_step(offsets_ptr, t, T, B, rows, RAGGED: tl.constexpr):
+    """Where batch rows `rows` are among the N at step t, and which of them it has: none before 0 or from T on."""
+    inside = (t >= 0) & (t < T)
+    t = tl.where(inside, t, 0)
     if RAGGED:
         start = tl.load(offsets_ptr + t)
-        live = rows < tl.load(offsets_ptr + t + 1) - start
+        count = tl.load(offsets_ptr + t + 1) - start
     else:
         start = t.to(tl.int64) * B
-        live = rows < B
-    return start + rows, live
+        count = B
+    return start + rows, rows < tl.where(inside, count, 0)

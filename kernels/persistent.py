@@ -58,7 +58,7 @@ def forward_kernel(
     c = tl.load(cx_ptr + state_c, mask=mask_c, other=0.0).to(c_ptr.dtype.element_ty)
     for s in range(T):
         t = s if d == 0 else T - 1 - s
-        at, live = rows_of_step(offsets_ptr, t, B, rows, RAGGED)
+        at, live = rows_of_step(offsets_ptr, t, T, B, rows, RAGGED)
         cell_mask = live[:, None] & (hs < H)[None, :]
         g_at = gates_ptr + ((d.to(tl.int64) * N + at) * 4 * H)[:, None] + hs[None, :]
         a_i = tl.load(g_at, mask=cell_mask, other=0.0).to(c.dtype)
@@ -159,10 +159,8 @@ def backward_kernel(
     for s in range(T):
         t = T - 1 - s if d == 0 else s
         before = t - 1 if d == 0 else t + 1  # the step whose state this one took
-        at, live = rows_of_step(offsets_ptr, t, B, rows, RAGGED)
-        begun = (before >= 0) & (before < T)
-        at_before, live_before = rows_of_step(offsets_ptr, tl.where(begun, before, t), B, rows, RAGGED)
-        had = live_before & begun
+        at, live = rows_of_step(offsets_ptr, t, T, B, rows, RAGGED)
+        at_before, had = rows_of_step(offsets_ptr, before, T, B, rows, RAGGED)
         cell_mask = live[:, None] & (hs < H)[None, :]
         h_mask = live[:, None] & (ks < K)[None, :]
         plane = d.to(tl.int64) * N

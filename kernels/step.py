@@ -39,7 +39,7 @@ def forward_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     units = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     t = s if d == 0 else T - 1 - s
-    at, live = rows_of_step(offsets_ptr, t, B, rows, RAGGED)
+    at, live = rows_of_step(offsets_ptr, t, T, B, rows, RAGGED)
     in_batch = (rows < B)[:, None] & (units < H)[None, :]
     cell_mask = live[:, None] & (units < H)[None, :]
     kept = c_state_ptr.dtype.element_ty
@@ -146,7 +146,7 @@ def backward_kernel(
         dh = tl.load(dh_state_ptr + state_at, mask=state_mask, other=0.0)
         if s > 0:
             done = t - toward  # the step of the launch before
-            at, live = rows_of_step(offsets_ptr, done, B, rows, RAGGED)
+            at, live = rows_of_step(offsets_ptr, done, T, B, rows, RAGGED)
             acc = tl.zeros((BLOCK_B, BLOCK_H), kept)
             for k in range(0, 4 * H, BLOCK_K):
                 ks = k + tl.arange(0, BLOCK_K)
@@ -154,9 +154,8 @@ def backward_kernel(
                 da = tl.load(da_at, mask=live[:, None] & (ks < 4 * H)[None, :], other=0.0)
                 w_at = w_hh_ptr + d * 4 * H * K + ks[:, None] * K + units[None, :]
                 acc = dot(da, tl.load(w_at, mask=(ks < 4 * H)[:, None] & unit_mask, other=0.0), acc, PRECISION)
-            begun = (t >= 0) & (t < T)
-            at_before, live_before = rows_of_step(offsets_ptr, tl.where(begun, t, done), B, rows, RAGGED)
-            had = (live_before & begun)[:, None]
+            at_before, had = rows_of_step(offsets_ptr, t, T, B, rows, RAGGED)
+            had = had[:, None]
             live_mask = live[:, None] & unit_mask
             h_prev = tl.load(hx_ptr + state_at, mask=live_mask, other=0.0)
             y_at = y_ptr + (at_before * D * K + d * K)[:, None] + units[None, :]
@@ -172,7 +171,7 @@ def backward_kernel(
             dh = tl.where(live[:, None], acc, dh)
             tl.store(dh_state_ptr + state_at, dh, mask=state_mask)
     if s < T:
-        at, live = rows_of_step(offsets_ptr, t, B, rows, RAGGED)
+        at, live = rows_of_step(offsets_ptr, t, T, B, rows, RAGGED)
         if STAGE != "cell":
             dy_at = dy_ptr + (at * D * K + d * K)[:, None] + units[None, :]
             dq = dh + tl.load(dy_at, mask=live[:, None] & unit_mask, other=0.0).to(kept)
@@ -184,9 +183,8 @@ def backward_kernel(
             tl.store(dh_at, cast(dq, dh_ptr.dtype.element_ty), mask=live[:, None] & unit_mask)
         else:
             before = t + toward
-            begun = (before >= 0) & (before < T)
-            at_before, live_before = rows_of_step(offsets_ptr, tl.where(begun, before, t), B, rows, RAGGED)
-            had = (live_before & begun)[:, None]
+            at_before, had = rows_of_step(offsets_ptr, before, T, B, rows, RAGGED)
+            had = had[:, None]
             cell_mask = live[:, None] & (units < H)[None, :]
             cell_at = ((d * B + rows) * H)[:, None] + units[None, :]
             c_prev = tl.load(cx_ptr + cell_at, mask=cell_mask, other=0.0).to(kept)
