@@ -26,7 +26,7 @@ def gemms_as_rnn(input: Tensor) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     wanted = rnn_precision(input.device)
     given = matmul.fp32_precision
-    if input.dtype != torch.float32 or input.device.type != "cuda" or given == wanted:
+    if input.dtype != torch.float32 or input.device.type != "cuda" or (given == "tf32") == (wanted == "tf32"):
         yield
         return
     matmul.fp32_precision = wanted

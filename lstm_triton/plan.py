@@ -111,7 +111,8 @@ def forward(
         _choose(layout, cx, hx, gates.dtype),
         gates, hx, cx, weight_hh, weight_hr, layout, dropout, rnn_precision(gates.device),
     )  # fmt: skip
-    return kernels.STRATEGIES[launch.plan.strategy].forward(launch, gates, hx.contiguous(), cx.contiguous(), save)
+    with torch.cuda.device_of(gates):  # Triton launches on the current device
+        return kernels.STRATEGIES[launch.plan.strategy].forward(launch, gates, hx.contiguous(), cx.contiguous(), save)
 
 
 def backward(
@@ -133,4 +134,5 @@ def backward(
         saved.gates, hx, cx, weight_hh, weight_hr, layout, dropout, rnn_precision(hx.device),
     )  # fmt: skip
     strategy = kernels.STRATEGIES[launch.plan.strategy]
-    return strategy.backward(launch, doutput, dhn, dcn, saved, hx.contiguous(), cx.contiguous())
+    with torch.cuda.device_of(hx):
+        return strategy.backward(launch, doutput, dhn, dcn, saved, hx.contiguous(), cx.contiguous())

@@ -7,6 +7,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
+# On a GPU PyTorch's setting for RNNs allows TF32, whose products have 10 bits.
+torch.backends.cudnn.allow_tf32 = False
 # Two threads that wait for each other cost more than they give at these sizes.
 torch.set_num_threads(1)
 

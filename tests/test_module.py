@@ -4,6 +4,8 @@ import copy
 import io
 import pickle
 import warnings
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from checks import Case, assert_close, results, shaped
-from lstm_triton import TritonLSTM, convert, dispatch, functional, kernels, plan, revert
+from lstm_triton import TritonLSTM, convert, dispatch, functional, kernels, ops, plan, revert
+from lstm_triton.recurrence import rnn_precision
 
 BACKENDS = ["auto", "torch", "eager", "triton"]
 
@@ -238,6 +241,30 @@ def test_plan_fits_the_gpu() -> None:
     assert plan.choose(32, 128, 128, single).strategy == "step"
     with pytest.raises(ValueError, match="strategy should be one of"), plan.force("fast"):
         pass
+
+
+def test_tf32_where_the_setting_for_rnns_allows_it() -> None:
+    """Kernels and GEMMs alike follow PyTorch's setting for RNNs, whatever that for other products is."""
+    cuda = torch.device("cuda")
+    single = SimpleNamespace(dtype=torch.float32, device=cuda)
+    matmul: Any = torch.backends.cuda.matmul
+    given = matmul.fp32_precision
+    assert rnn_precision(cuda) == "ieee"  # conftest.py
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        assert rnn_precision(cuda) == "tf32" and rnn_precision(torch.device("cpu")) == "ieee"
+        with ops.gemms_as_rnn(single):
+            assert matmul.fp32_precision == "tf32"
+        with ops.gemms_as_rnn(torch.zeros(1)):
+            assert matmul.fp32_precision == given
+        torch.backends.cudnn.allow_tf32 = False
+        matmul.fp32_precision = "tf32"
+        with ops.gemms_as_rnn(single):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cudnn.allow_tf32 = False
+        matmul.fp32_precision = given
 
 
 # Swapping in and out of models.
