@@ -70,8 +70,8 @@ class Call:
         if self.group == "training step":
             # Those of the loop's cells come in the same order as those of nn.LSTM.
             parameters = self.module.parameters()
-            found["gradient of input"] = _gradient(self.input)
-            found |= {f"gradient of parameter {k}": _gradient(p) for k, p in enumerate(parameters)}
+            found["gradient of input"] = gradient(self.input)
+            found |= {f"gradient of parameter {k}": gradient(p) for k, p in enumerate(parameters)}
         expected = _expected(self.shape, self.group == "training step", self.input.device)
         self.clear()
         limits = self._tolerance()
@@ -102,7 +102,7 @@ def compare(name: str, found: Tensor, expected: Tensor, tolerance: tuple[float, 
     return float((a - b).abs().max())
 
 
-def _gradient(x: Tensor) -> Tensor:
+def gradient(x: Tensor) -> Tensor:
     if x.grad is None:
         raise AssertionError(f"backward left a tensor of shape {tuple(x.shape)} without a gradient")
     return x.grad
@@ -133,8 +133,8 @@ def _expected(shape: Shape, gradients: bool, device: torch.device) -> dict[str, 
             output.backward(doutput)
     expected = {"output": output.detach()}
     if gradients:
-        expected["gradient of input"] = _gradient(input)
-        expected |= {f"gradient of parameter {k}": _gradient(p) for k, p in enumerate(lstm.parameters())}
+        expected["gradient of input"] = gradient(input)
+        expected |= {f"gradient of parameter {k}": gradient(p) for k, p in enumerate(lstm.parameters())}
     return expected
 
 
