@@ -19,7 +19,7 @@ BACKENDS = ("auto", "triton", "eager", "torch")
 
 
 # Rows of a packed batch from which on the backward by hand pays on a CPU (bench/test_auto.py): 0.7 to 0.8 of the
-# time of PyTorch's operator at 450 rows, 0.2 to 0.3 at 4,300. With few rows its overhead a step is the larger one.
+# time of PyTorch's operator at 450 rows, 0.2 to 0.5 at 4,300. With few rows its overhead a step is the larger one.
 PACKED_ROWS = 256
 
 
