@@ -149,7 +149,8 @@ def _stack(
     if drops and mask is None:
         seed = torch.randint(2**63 - 1, (1,), device=input.device)
         if backend == "eager":  # draws the masks of all layers at once, the kernels draw theirs as they go
-            mask, seed = RecurrentDropout(None, seed, p, per_step, 0).drawn(steps, h0), None
+            like = h0.to(state_dtype(x.dtype))
+            mask, seed = RecurrentDropout(None, seed, p, per_step, 0).drawn(steps, like), None
     if mask is not None:
         mask = mask.to(state_dtype(x.dtype))
     save = torch.is_grad_enabled() and any(x.requires_grad for x in (x, h0, c0, *weights))

@@ -96,6 +96,18 @@ def test_values_under_drawn_and_given_masks(
     assert_close(given, expected, torch.float32)
 
 
+def test_half_precision_has_the_same_masks(device: torch.device) -> None:
+    """The scale of kept elements is not rounded to float16."""
+    modules = [TritonLSTM(5, 7, device=device, recurrent_dropout=0.3, backend=b).half() for b in ("eager", "triton")]
+    modules[1].load_state_dict(modules[0].state_dict())
+    x, zeros = torch.randn(6, 20, 5, device=device).half(), torch.zeros(1, 20, 7, device=device).half()
+    found = []
+    for module in modules:
+        torch.manual_seed(2)
+        found.append(module(x, (zeros, zeros))[0])
+    torch.testing.assert_close(*found, rtol=2e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("backend", ["auto", "eager", "triton"])
 def test_only_in_training(backend: str, device: torch.device) -> None:
     module = TritonLSTM(5, 7, device=device, recurrent_dropout=0.5, backend=backend)
