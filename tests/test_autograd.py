@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.utils.checkpoint
+from torch._subclasses import FakeTensorMode
 
 from checks import Case, shaped
 from lstm_triton import TritonLSTM, dispatch, functional, plan
@@ -158,3 +160,26 @@ def test_saved_gradients_can_be_taken_twice(device: torch.device) -> None:
         first = torch.autograd.grad(loss, list(ours.parameters()), retain_graph=True)
         second = torch.autograd.grad(loss, list(ours.parameters()))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch", "triton"])
+def test_function_transforms_and_checkpoints(backend: str, device: torch.device) -> None:
+    """torch.func.grad, activation checkpoints and fake tensors, as with `nn.LSTM`."""
+    _, ours = Case(num_layers=2).modules(device, torch.float32, backend=backend)
+    x = torch.randn(3, 2, 5, device=device)
+    parameters = {name: p.detach() for name, p in ours.named_parameters()}
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(ours, parameters, (x,))[0].square().sum()
+
+    found = torch.func.grad(loss)(parameters)
+    ours(x)[0].square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in ours.named_parameters()}
+    ours.zero_grad()
+    leaf = x.clone().requires_grad_()
+    torch.utils.checkpoint.checkpoint(lambda x: ours(x)[0], leaf, use_reentrant=False).square().sum().backward()
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(found[name], expected[name])
+        torch.testing.assert_close(p.grad, expected[name])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert ours(torch.empty(6, 4, 5, device=device))[0].shape == (6, 4, 7)
