@@ -249,21 +249,21 @@ def test_tf32_where_the_setting_for_rnns_allows_it() -> None:
     single = SimpleNamespace(dtype=torch.float32, device=cuda)
     matmul: Any = torch.backends.cuda.matmul
     given = matmul.fp32_precision
-    assert rnn_precision(cuda) == "ieee"  # conftest.py
-    torch.backends.cudnn.allow_tf32 = True
     try:
-        assert rnn_precision(cuda) == "tf32" and rnn_precision(torch.device("cpu")) == "ieee"
-        with ops.gemms_as_rnn(single):
-            assert matmul.fp32_precision == "tf32"
-        with ops.gemms_as_rnn(torch.zeros(1)):
-            assert matmul.fp32_precision == given
-        torch.backends.cudnn.allow_tf32 = False
-        matmul.fp32_precision = "tf32"
-        with ops.gemms_as_rnn(single):
-            assert matmul.fp32_precision == "ieee"
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+            assert rnn_precision(cuda) == "tf32" and rnn_precision(torch.device("cpu")) == "ieee"
+            with ops.gemms_as_rnn(single):
+                assert matmul.fp32_precision == "tf32"
+            with ops.gemms_as_rnn(torch.zeros(1)):
+                assert matmul.fp32_precision == given
+        assert matmul.fp32_precision == given
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            assert rnn_precision(cuda) == "ieee"
+            matmul.fp32_precision = "tf32"
+            with ops.gemms_as_rnn(single):
+                assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == "tf32"
     finally:
-        torch.backends.cudnn.allow_tf32 = False
         matmul.fp32_precision = given
 
 
