@@ -1,6 +1,7 @@
 """Runs before any test module is imported: where there is no GPU, kernels run in Triton's interpreter."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,5 +20,9 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _same_start() -> Iterator[None]:
+    """Each test has the same seed, and the number of threads that a command line sets ends with it."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,6 @@ from bench.sarcasm.results import read_csv
 
 # Line ends to Python's splitlines but not to the formats, quotes, and other than ASCII.
 ODD = ["it's a\x85test", 'the "best", they say', "caf\u00e9 \u2028 o'clock", "plain"]
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """The command line sets the number of threads; other tests keep theirs."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -22,14 +22,6 @@ from bench.sarcasm.results import read_csv
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """The command line sets the number of threads; other tests keep theirs."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> data.Headlines:
     """Few generated headlines, and few hash buckets for them: most of a step's time is in those."""
