@@ -12,6 +12,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator
 
+from bench.measure import GROUPS
 from bench.providers import REFERENCE
 from bench.results import Record, Results
 from bench.tables import by_shape, labels, speedup
@@ -28,8 +29,6 @@ _STYLES = {
     "loop": ("#CC79A7", "v", "-"),
 }
 _OTHER = ("#999999", "*", "-")
-
-_GROUPS = ("forward", "training step", "inference")
 
 
 def draw(results: Results, folder: Path) -> list[tuple[str, str]]:
@@ -102,7 +101,7 @@ def _rest(record: Record, axis: str) -> str:
 
 def speedups(results: Results) -> Figure | None:
     """A map of how many times as fast as `nn.LSTM` each provider is on each shape."""
-    groups = {g: by_shape(results.group(g)) for g in _GROUPS}
+    groups = {g: by_shape(results.group(g)) for g in GROUPS}
     groups = {g: rows for g, rows in groups.items() if any(REFERENCE in row and len(row) > 1 for row in rows.values())}
     if not groups:
         return None

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bench.measure import GROUPS
 from bench.providers import REFERENCE
 from bench.results import Record, Results
 
@@ -74,7 +75,7 @@ def markdown(results: Results, plots: Sequence[tuple[str, str]]) -> str:
         table(("", ""), [(name, environment[key]) for key, name in _ENVIRONMENT.items() if environment.get(key)], 2),
     ]
     parts += [f"![{text}]({name})" for name, text in plots]
-    for group in ("forward", "training step", "inference"):
+    for group in GROUPS:
         if records := results.group(group):
             unit = f"Milliseconds (and times as fast as `{REFERENCE}`)."
             parts += [f"## {group.capitalize()}", unit, _times(records)]

@@ -4,12 +4,14 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from lstm_triton.dropout import ROUNDS
+
 INTERPRETED = knobs.runtime.interpret
 
 # Triton's interpreter multiplies the raw bits of bfloat16 operands, and cuts float32 off where it
 # makes it bfloat16; `dot` and `cast` have it do as the hardware does.
 _MEND_BF16 = tl.constexpr(INTERPRETED)
-_ROUNDS = tl.constexpr(7)  # as lstm_triton.dropout.ROUNDS, which says why
+_ROUNDS = tl.constexpr(ROUNDS)
 
 
 @triton.jit

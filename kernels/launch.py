@@ -1,4 +1,4 @@
-"""What all launchers share: the arguments of a layer's kernels, checked, laid out and allocated."""
+"""What all launchers share: the arguments of a layer's kernels, laid out and allocated."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -75,7 +75,7 @@ def torch_lstm(
 
 
 class _DoubleBackward(torch.autograd.Function):
-    """cuDNN's operator has no double backward; this gives it one, and costs nothing else.
+    """cuDNN's operator has no double backward; this gives it one.
 
     An identity on the operator's outputs. A plain backward goes through it to the operator's own.
     Where a graph of the backward is wanted, gradients go past the operator, through the plainly

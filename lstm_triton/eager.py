@@ -46,7 +46,7 @@ def forward(
         # Views of every step, made at once and in the order of the loop: cheaper than slicing in it.
         views = [steps(x, reverse) for x in (a, a_g, g_all, i, f, o, c_all[d])]
         y_views = steps(output[:, d * size : (d + 1) * size], reverse)
-        masks = layout.masks(None if mask is None else mask[d], reverse)
+        masks = [None] * layout.steps if mask is None else layout.masks(mask[d], reverse)
         h, c = hx[d], cx[d]
         for gate_views, y_t, m_t in zip(zip(*views, strict=True), y_views, masks, strict=True):
             a_t, ag_t, g_t, i_t, f_t, o_t, c_t = gate_views
@@ -104,14 +104,14 @@ def backward(
         h_to_c = o * (1 - q * q)
         h_prev[d] = layout.previous(saved.output[:, columns], hx[d], reverse)
         if mask is not None:
-            h_prev[d] *= flat_mask(mask[d], layout)
+            h_prev[d] *= torch.cat(list(layout.masks(mask[d], reverse=False)))
 
         # The states' gradients, taken back in place: a step's rows are the first of them.
         dh, dc = dhx[d], dcx[d]
         views = [steps(x, not reverse) for x in (dgates[d], factors[:, :3], factors[:, 3], h_to_c, f)]
         views.append(steps(doutput[:, columns], not reverse))
         dh_out = steps(dh_all[d], not reverse) if weight_hr else None
-        masks = layout.masks(None if mask is None else mask[d], not reverse)
+        masks = [None] * layout.steps if mask is None else layout.masks(mask[d], not reverse)
         w_hh = weight_hh[d]
         for s, (step, m_t) in enumerate(zip(zip(*views, strict=True), masks, strict=True)):
             da_t, factors_t, do_t, h_to_c_t, f_t, dy_t = step
@@ -130,11 +130,3 @@ def backward(
                 dh_t.mul_(m_t)
             dc_t.mul_(f_t)
     return Gradients(dgates, dhx, dcx, h_prev, dh_all)
-
-
-def flat_mask(mask: Tensor, layout: Layout) -> Tensor:
-    """A direction's mask (T or 1, B, K) as the (N, K) factors of the flat rows."""
-    mask = mask.expand(layout.steps, -1, -1)
-    if layout.is_dense:
-        return mask.reshape(-1, mask.size(-1))
-    return torch.cat([mask[t, :rows] for t, rows in enumerate(layout.rows)])

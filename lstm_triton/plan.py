@@ -82,17 +82,30 @@ def _kernels() -> Any:
     return importlib.import_module("lstm_triton.kernels")
 
 
-def _choose(layout: Layout, cx: Tensor, hx: Tensor, dtype: torch.dtype) -> Plan:
-    shared = SHARED_BYTES
-    if cx.is_cuda:
-        properties = torch.cuda.get_device_properties(cx.device)
-        shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-    return choose(layout.batch, cx.size(2), hx.size(2), dtype, shared, _kernels().INTERPRETED)
-
-
 def tile(n: int) -> int:
     """The smallest power of two that holds n and that `tl.dot` takes."""
     return max(16, 1 << (n - 1).bit_length())
+
+
+def _prepared(
+    gates: Tensor,
+    hx: Tensor,
+    cx: Tensor,
+    weight_hh: list[Tensor],
+    weight_hr: list[Tensor],
+    layout: Layout,
+    dropout: RecurrentDropout,
+) -> tuple[Any, Any]:
+    """The strategy's module of launchers, and the `Launch` that they take."""
+    kernels = _kernels()
+    shared = SHARED_BYTES
+    if gates.is_cuda:
+        properties = torch.cuda.get_device_properties(gates.device)
+        shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
+    chosen = choose(layout.batch, cx.size(2), hx.size(2), gates.dtype, shared, kernels.INTERPRETED)
+    precision = rnn_precision(gates.device)
+    launch = kernels.Launch.of(chosen, gates, hx, cx, weight_hh, weight_hr, layout, dropout, precision)
+    return kernels.STRATEGIES[chosen.strategy], launch
 
 
 def forward(
@@ -106,13 +119,9 @@ def forward(
     save: bool,
 ) -> Recurrence:
     """`lstm_triton.eager.forward` by Triton kernels."""
-    kernels = _kernels()
-    launch = kernels.Launch.of(
-        _choose(layout, cx, hx, gates.dtype),
-        gates, hx, cx, weight_hh, weight_hr, layout, dropout, rnn_precision(gates.device),
-    )  # fmt: skip
+    strategy, launch = _prepared(gates, hx, cx, weight_hh, weight_hr, layout, dropout)
     with torch.cuda.device_of(gates):  # Triton launches on the current device
-        return kernels.STRATEGIES[launch.plan.strategy].forward(launch, gates, hx.contiguous(), cx.contiguous(), save)
+        return strategy.forward(launch, gates, hx.contiguous(), cx.contiguous(), save)
 
 
 def backward(
@@ -128,11 +137,6 @@ def backward(
     dropout: RecurrentDropout,
 ) -> Gradients:
     """`lstm_triton.eager.backward` by Triton kernels."""
-    kernels = _kernels()
-    launch = kernels.Launch.of(
-        _choose(layout, cx, hx, saved.gates.dtype),
-        saved.gates, hx, cx, weight_hh, weight_hr, layout, dropout, rnn_precision(hx.device),
-    )  # fmt: skip
-    strategy = kernels.STRATEGIES[launch.plan.strategy]
+    strategy, launch = _prepared(saved.gates, hx, cx, weight_hh, weight_hr, layout, dropout)
     with torch.cuda.device_of(hx):
         return strategy.backward(launch, doutput, dhn, dcn, saved, hx.contiguous(), cx.contiguous())

@@ -60,10 +60,8 @@ class Layout:
         views = flat.unflatten(0, (self.steps, self.batch)).unbind(0) if self.is_dense else flat.split(self.rows)
         return views[::-1] if reverse else views
 
-    def masks(self, mask: Tensor | None, reverse: bool) -> Sequence[Tensor | None]:
+    def masks(self, mask: Tensor, reverse: bool) -> Sequence[Tensor]:
         """A direction's mask (T or 1, B, K) as one of the rows of each step, in the order of `reverse`."""
-        if mask is None:
-            return [None] * self.steps
         views = mask.unbind(0) if mask.size(0) > 1 else [mask[0]] * self.steps
         if not self.is_dense:
             views = [m[:rows] for m, rows in zip(views, self.rows, strict=True)]

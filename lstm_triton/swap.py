@@ -1,13 +1,14 @@
 """`convert` and `revert`: every `nn.LSTM` of a model to a `TritonLSTM` and back."""
 
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from lstm_triton.module import TritonLSTM
 
-Module = TypeVar("Module", bound=nn.Module)
+# What a TritonLSTM has beyond an nn.LSTM.
+_OPTIONS = ("recurrent_dropout", "recurrent_dropout_mode", "backend")
 
 
 def convert(model: nn.Module, **options: Any) -> nn.Module:
@@ -29,11 +30,10 @@ def convert(model: nn.Module, **options: Any) -> nn.Module:
         TypeError, ValueError: `options` has an unknown name or a value that `TritonLSTM` refuses.
     """
     known = TritonLSTM(1, 1, device="meta", **options)  # one place that checks them
-    names = ("recurrent_dropout", "recurrent_dropout_mode", "backend")
-    unknown = set(options) - set(names)
+    unknown = set(options) - set(_OPTIONS)
     if unknown:
-        raise TypeError(f"convert takes the options {', '.join(names)}, got {', '.join(sorted(unknown))}")
-    return _swap(model, nn.LSTM, TritonLSTM, {name: getattr(known, name) for name in names})
+        raise TypeError(f"convert takes the options {', '.join(_OPTIONS)}, got {', '.join(sorted(unknown))}")
+    return _swap(model, nn.LSTM, TritonLSTM, {name: getattr(known, name) for name in _OPTIONS})
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -85,8 +85,7 @@ def _as_class(module: nn.Module, new: type[nn.Module], attributes: dict[str, Any
         kept = {k: v for k, v in vars(own).items() if k not in ("__dict__", "__weakref__", "__module__", "__doc__")}
         new = type(f"Parametrized{new.__name__}", (new,), kept)
     swapped = new.__new__(new)
-    extra = ("recurrent_dropout", "recurrent_dropout_mode", "backend")
     # Its own dicts and lists of the shared parameters, as `copy.copy` would not give it.
-    state = {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in module.__dict__.items() if k not in extra}
+    state = {k: v.copy() if isinstance(v, (dict, list)) else v for k, v in module.__dict__.items() if k not in _OPTIONS}
     swapped.__dict__.update(state, **attributes)
     return swapped

@@ -97,7 +97,7 @@ def results(module: nn.Module, case: Case, inputs: Iterable[Tensor], dtype: torc
     outputs = {"output": y, "hn": hn, "cn": cn}
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(t.shape, generator=generator).to(t.device) for t in outputs.values()]
-    # Weighted in float16's values, so that each dtype has the same loss.
+    # Weighted in bfloat16's values, so that each dtype has the same loss.
     weights = [w.to(torch.bfloat16).to(t.dtype) for w, t in zip(weights, outputs.values(), strict=True)]
     wanted = {"input": x, "h": h, "c": c, **dict(module.named_parameters())}
     gradients = torch.autograd.grad(list(outputs.values()), list(wanted.values()), weights)

@@ -160,7 +160,7 @@ def learning_rate_factor(step: int, total: int) -> float:
 
 
 class Training:
-    """One seed's training; `state_dict` has all that going on after an interruption needs.
+    """One seed's training; `state_dict` has all that going on after an interruption needs, less torch's generators.
 
     Args:
         corpus: the data.
@@ -250,8 +250,6 @@ class Training:
             "average": self.average,
             "done": self.done,
             "order": self.order.bit_generator.state,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -260,9 +258,6 @@ class Training:
         self.average = {name: value.to(self.device) for name, value in state["average"].items()}
         self.done = state["done"]
         self.order.bit_generator.state = state["order"]
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
 
 def right(logits: Tensor, labels: Tensor) -> int:

@@ -1,7 +1,6 @@
 """README.md and plot of a run of the best recipe, drawn from its CSV files and its summary."""
 
 import math
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,16 @@ from matplotlib.ticker import MaxNLocator
 
 from bench.sarcasm import best, best_text, review
 from bench.sarcasm.data import SYNTHETIC
-from bench.sarcasm.report import REVIEW_COLOUR, TEST_COLOUR, TRAIN_COLOUR, Runs, run_table, spread, table
+from bench.sarcasm.report import (
+    REVIEW_COLOUR,
+    TEST_COLOUR,
+    TRAIN_COLOUR,
+    Runs,
+    mean_and_range,
+    run_table,
+    spread,
+    table,
+)
 from bench.sarcasm.results import read_csv, write_atomically
 
 matplotlib.use("Agg")
@@ -63,12 +71,7 @@ def curve(axes: Axes, runs: Runs, phase: int, quantity: str, title: str, label: 
     """Mean over the seeds, and the range from the lowest to the highest, by epoch of the phase."""
     columns = list(zip(*([row[quantity] for row in rows if row["phase"] == phase] for rows in runs), strict=True))
     epochs = [int(row["epoch"]) for row in runs[0] if row["phase"] == phase]
-    means = [statistics.mean(column) for column in columns]
-    name = f"training, mean of {len(runs)} seeds" if len(runs) > 1 else "training, one seed"
-    axes.plot(epochs, means, "o-", color=TRAIN_COLOUR, label=name)
-    if len(runs) > 1:
-        low, high = [min(column) for column in columns], [max(column) for column in columns]
-        axes.fill_between(epochs, low, high, color=TRAIN_COLOUR, alpha=0.3, label="training, lowest to highest seed")
+    mean_and_range(axes, epochs, columns, "o-", TRAIN_COLOUR, 0.3, "training")
     axes.set_title(title, fontsize="medium")
     axes.set_xlabel("epoch")
     axes.set_ylabel(label)

@@ -178,7 +178,7 @@ class Meter:
 
 
 class Training:
-    """One seed's training; `state_dict` has all that going on after an interruption needs.
+    """One seed's training; `state_dict` has all that going on after an interruption needs, less torch's generators.
 
     Args:
         corpus: the data.
@@ -232,14 +232,9 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "order": self.order.get_state(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.order.set_state(state["order"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,28 @@ def write(folder: Path, summary: dict[str, Any]) -> Path:
     return path
 
 
+def mean_and_range(
+    axes: Axes,
+    epochs: Sequence[int],
+    columns: Sequence[Sequence[float]],
+    style: str,
+    colour: str,
+    alpha: float,
+    what: str,
+    note: str = "",
+) -> None:
+    """The mean over the seeds, and where there are several the range from the lowest to the highest.
+
+    `columns` has the seeds' values for each epoch; `alpha` is the range's; `what` and `note` are for the legend.
+    """
+    count = len(columns[0])
+    name = f"{what}, mean of {count} seeds" if count > 1 else f"{what}, one seed"
+    axes.plot(epochs, [statistics.mean(column) for column in columns], style, color=colour, label=name + note)
+    if count > 1:
+        low, high = [min(column) for column in columns], [max(column) for column in columns]
+        axes.fill_between(epochs, low, high, color=colour, alpha=alpha, label=f"{what}, lowest to highest seed")
+
+
 def draw(path: Path, runs: Runs, quantity: str, label: str, note: str, published: dict[int, float]) -> None:
     """One plot, 800 pixels wide, per epoch: mean over seeds, range from the lowest to the highest, the review's."""
     figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained")
@@ -44,15 +66,8 @@ def draw(path: Path, runs: Runs, quantity: str, label: str, note: str, published
     epochs = range(1, len(runs[0]) + 1)
     for split, colour in (("train", TRAIN_COLOUR), ("test", TEST_COLOUR)):
         columns = [[run[k][f"{split}_{quantity}"] for run in runs] for k in range(len(epochs))]
-        marker = "o" if len(epochs) == 1 else ""  # a line of one point is not seen
-        mean = [statistics.mean(column) for column in columns]
-        name = f"{split}, mean of {len(runs)} seeds" if len(runs) > 1 else f"{split}, one seed"
-        if split == "train":
-            name += " (dropout on)"
-        axes.plot(epochs, mean, color=colour, label=name, marker=marker)
-        if len(runs) > 1:
-            low, high = [min(column) for column in columns], [max(column) for column in columns]
-            axes.fill_between(epochs, low, high, color=colour, alpha=0.2, label=f"{split}, lowest to highest seed")
+        style = "o-" if len(epochs) == 1 else "-"  # a line of one point is not seen
+        mean_and_range(axes, epochs, columns, style, colour, 0.2, split, " (dropout on)" if split == "train" else "")
     shown = {epoch: value for epoch, value in published.items() if epoch <= len(epochs)}
     if shown:
         style = "--" if len(published) == review.EPOCHS else "D"

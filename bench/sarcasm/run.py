@@ -111,14 +111,30 @@ def train_seed(
         checkpoint = load_checkpoint(path)
         refuse_others(f"{path} is a checkpoint", checkpoint["options"], options)
         training.load_state_dict(checkpoint["training"])
+        set_generators(checkpoint["generators"], device)
         rows = checkpoint["rows"]
         print(f"seed {seed}: goes on after epoch {len(rows)}")
     with EpochProgress(seed, total, len(rows), training.batches_per_epoch, options["data"]) as progress:
         for epoch in range(len(rows) + 1, total + 1):
             rows.append({"epoch": epoch} | training.epoch(progress.advance))
-            save_checkpoint(path, {"options": options, "rows": rows, "training": training.state_dict()})
+            state = {"training": training.state_dict(), "generators": generators(device)}
+            save_checkpoint(path, {"options": options, "rows": rows, **state})
             progress.finish(rows[-1])
     return rows
+
+
+def generators(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of torch's generators that training draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_generators(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 class EpochProgress:
