@@ -304,9 +304,10 @@ def test_gpu_stages_without_time_or_packages_are_said():
     ],
 )
 def test_gpu_process_is_stopped_in_time(code, status):
-    start = time.monotonic()
-    assert gpu.run_process([sys.executable, "-c", code], 2.0) == status
-    assert time.monotonic() - start < 5
+    # A quarter of the time is for answering the interrupt, which a busy machine's Python needs.
+    start, seconds = time.monotonic(), 6.0
+    assert gpu.run_process([sys.executable, "-c", code], seconds) == status
+    assert time.monotonic() - start < seconds + 3
 
 
 def test_gpu_results_in_words(folder, tmp_path):
