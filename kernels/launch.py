@@ -6,12 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lstm_triton import cpu
 from lstm_triton.dropout import threshold_and_scale
+from lstm_triton.kernels.blocks import INTERPRETED
 from lstm_triton.plan import Plan
 from lstm_triton.recurrence import Gradients, Layout, Recurrence, RecurrentDropout, state_dtype
 
 # Kernel arguments that vary from call to call and must not compile a kernel anew.
 RUN_TIME = ["T", "B", "N", "s", "threshold", "stream", "mask_steps"]
+
+
+def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Launches a kernel where its tensors are: on a GPU, on the CPU, or there in Triton's interpreter."""
+    if INTERPRETED or args[0].is_cuda:
+        kernel[grid](*args, **constants)
+    else:
+        cpu.launch(kernel, grid, *args, **constants)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lstm_triton.kernels.blocks import cast, dot, mask_tile, rows_of_step
 from lstm_triton.kernels.cells import lstm_backward, lstm_forward
-from lstm_triton.kernels.launch import RUN_TIME, Launch
+from lstm_triton.kernels.launch import RUN_TIME, Launch, start
 from lstm_triton.recurrence import Gradients, Recurrence
 
 
@@ -98,7 +98,8 @@ def forward(launch: Launch, gates: Tensor, hx: Tensor, cx: Tensor, save: bool) -
     """Runs the recurrence over all steps; arguments as of `lstm_triton.eager.forward`."""
     result = launch.recurrence(gates, hx, cx, save)
     grid = (triton.cdiv(launch.B, launch.plan.block_b), launch.D)
-    forward_kernel[grid](
+    start(
+        forward_kernel, grid,
         gates, result.output, result.c, hx, cx, result.hn, result.cn,
         launch.w_hh, launch.w_hr, launch.offsets, launch.mask,
         launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
@@ -218,7 +219,8 @@ def backward(
     """The gradients of `forward`, from those of its outputs."""
     found = launch.gradients(saved, hx, cx)
     grid = (triton.cdiv(launch.B, launch.plan.block_b), launch.D)
-    backward_kernel[grid](
+    start(
+        backward_kernel, grid,
         doutput, dhn, dcn, saved.gates, saved.c, saved.output, hx, cx,
         found.dgates, found.h_prev, found.dh, found.dhx, found.dcx,
         launch.w_hh, launch.w_hr, launch.offsets, launch.mask,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lstm_triton.kernels.blocks import cast, dot, mask_tile, rows_of_step
 from lstm_triton.kernels.cells import lstm_backward, lstm_forward
-from lstm_triton.kernels.launch import RUN_TIME, Launch
+from lstm_triton.kernels.launch import RUN_TIME, Launch, start
 from lstm_triton.recurrence import Gradients, Recurrence
 
 
@@ -91,7 +91,8 @@ def forward(launch: Launch, gates: Tensor, hx: Tensor, cx: Tensor, save: bool) -
     h_out = torch.empty_like(cx if projected else hx)
     grid = (triton.cdiv(launch.B, plan.block_b), triton.cdiv(launch.H, plan.block_h), launch.D)
     for s in range(launch.T):
-        forward_kernel[grid](
+        start(
+            forward_kernel, grid,
             gates, result.output, result.c, h, h_out, c, launch.w_hh, launch.offsets, launch.mask,
             s, launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
             SAVE=save, CELL=lstm_forward, **launch.constants,
@@ -217,7 +218,8 @@ def backward(
     batch = triton.cdiv(launch.B, plan.block_b)
 
     def run(s: int, stage: str, size: int) -> None:
-        backward_kernel[(batch, triton.cdiv(size, plan.block_h), launch.D)](
+        start(
+            backward_kernel, (batch, triton.cdiv(size, plan.block_h), launch.D),
             doutput, saved.gates, saved.c, saved.output, hx, cx,
             found.dgates, found.h_prev, dh_state, dc_state, found.dh, dq,
             launch.w_hh, launch.offsets, launch.mask,

@@ -11,6 +11,7 @@ import torch
 from torch import _VF, Tensor
 
 from lstm_triton import reference
+from lstm_triton.cpu import build
 
 if TYPE_CHECKING:
     from lstm_triton.functional import Options
@@ -57,10 +58,7 @@ def check_triton(device: torch.device) -> None:
             "install it (pip install triton, Linux only) or use backend='eager' or 'torch'"
         )
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
-        raise RuntimeError(
-            "backend='triton' runs on a GPU, the input is on the CPU; move it there, use backend='auto', "
-            "or set TRITON_INTERPRET=1 before the first use to run the kernels in Triton's (slow) interpreter"
-        )
+        build.compiler()  # says what to install
 
 
 def torch_lstm(

@@ -1,13 +1,13 @@
-"""Runs before any test module is imported: where there is no GPU, kernels run in Triton's interpreter."""
+"""For all tests. Kernels run on a GPU where there is one, else natively on the CPU.
 
-import os
+With `TRITON_INTERPRET=1` in the environment they run in Triton's interpreter.
+"""
+
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 # On a GPU PyTorch's setting for RNNs allows TF32, whose products have 10 bits.
 torch.backends.cudnn.allow_tf32 = False
 # Two threads that wait for each other cost more than they give at these sizes.
