@@ -54,6 +54,7 @@ def choose(
     dtype: torch.dtype,
     shared_bytes: int = SHARED_BYTES,
     interpreted: bool = False,
+    threads: int = 0,
 ) -> Plan:
     """The plan for a layer.
 
@@ -65,6 +66,9 @@ def choose(
         shared_bytes: shared memory that a program can have.
         interpreted: whether the kernels run in Triton's interpreter, which is fastest with few programs.
     """
+    if threads:
+        rows = -(-batch // threads)
+        return Plan(_forced or "persistent", min(1 << (rows - 1).bit_length(), 64), _power(hidden), _power(size), 1)
     block_h, block_k = tile(hidden), tile(size)
     # tl.dot takes 16 rows or more; more programs with few rows each hide latency better.
     block_b = min(tile(batch), 64) if interpreted else 16
@@ -80,6 +84,10 @@ def choose(
 def _kernels() -> Any:
     """The kernels, imported on first use: Triton may be missing, and `TRITON_INTERPRET` is read at that moment."""
     return importlib.import_module("lstm_triton.kernels")
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def tile(n: int) -> int:
@@ -102,7 +110,15 @@ def _prepared(
     if gates.is_cuda:
         properties = torch.cuda.get_device_properties(gates.device)
         shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-    chosen = choose(layout.batch, cx.size(2), hx.size(2), gates.dtype, shared, kernels.INTERPRETED)
+    chosen = choose(
+        layout.batch,
+        cx.size(2),
+        hx.size(2),
+        gates.dtype,
+        shared,
+        kernels.INTERPRETED,
+        torch.get_num_threads() if not gates.is_cuda and not kernels.INTERPRETED else 0,
+    )
     precision = rnn_precision(gates.device)
     launch = kernels.Launch.of(chosen, gates, hx, cx, weight_hh, weight_hr, layout, dropout, precision)
     return kernels.STRATEGIES[chosen.strategy], launch

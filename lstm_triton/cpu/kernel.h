@@ -66,8 +66,8 @@ INLINE double power_f64(double rounding) { return f64_of_bits(bits_of_f64(roundi
 #define LOG2E_F64 0x1.71547652b82fep0
 #define LOG2E_LOW_F64 0x1.777d0ffda0d24p-56
 
-/* exp(x) = p(x - 2 n ln 2) 2^n 2^n. Taking twice n leaves |r| up to ln 2, which costs the polynomial two terms, but both
- * powers are normal numbers however small or large the result is, and only the last product rounds. */
+/* exp(x) = p(x - 2 n ln 2) 2^n 2^n. Taking twice n leaves |r| up to ln 2, which costs the polynomial two terms, but
+ * both powers are normal numbers however small or large the result is, and of the products only the last rounds. */
 INLINE float exp_f32(float x) {
     float t = x * (0.5f * LOG2E_F32) + ROUND_F32, n = t - ROUND_F32, s = power_f32(t);
     float r = x - n * (2 * LN2_HIGH_F32) - n * (2 * LN2_LOW_F32);
@@ -104,7 +104,7 @@ INLINE double exp_f64(double x) {
     return x > 710.0 ? (double)INFINITY : p;
 }
 
-/* 2^x = p(x - n) 2^(n - c) 2^c, exact for an integer x. c moves large and small exponents back among the normal ones. */
+/* 2^x = p(x - n) 2^(n - c) 2^c, exact for an integer x. c keeps the power of a large or small n a normal number. */
 INLINE float exp2_f32(float x) {
     float round = x < 0 ? ROUND_F32 + 64 : ROUND_F32 - 64, back = x < 0 ? 0x1p-64f : 0x1p64f;
     float t = x + round, r = x - (t - round);
@@ -139,9 +139,9 @@ INLINE double exp2_f64(double x) {
     return x > 1025.0 ? (double)INFINITY : p;
 }
 
-/* tanh(|x|) = -e / (e + 2) with e = exp(-2|x|) - 1 = 2^n (exp(r) - 1) + 2^n - 1, which keeps all digits of a small x. For
- * accuracy, the exponent is the negative one (just below 2, where a small x has its denominator, numbers lie twice as
- * close as just above), and the denominator isn't made of the rounded e. */
+/* tanh(|x|) = -e / (e + 2) with e = exp(-2|x|) - 1 = 2^n (exp(r) - 1) + 2^n - 1, which keeps all digits of a small x.
+ * For accuracy, the exponent is the negative one (just below 2, where a small x has its denominator, numbers lie twice
+ * as close as just above), and the denominator isn't made of the rounded e. */
 INLINE float tanh_f32(float x) {
     float y = -2 * fabsf(x);
     float t = y * LOG2E_F32 + ROUND_F32, n = t - ROUND_F32, s = power_f32(t);
@@ -262,7 +262,7 @@ INLINE double cos_f64(double x) { return cos(x); }
 INLINE float erf_f32(float x) { return erff(x); }
 INLINE double erf_f64(double x) { return erf(x); }
 
-/* The upper half of a product. That of 64 bits is put together from 32-bit ones, which processors multiply as vectors. */
+/* The upper half of a product; of 64 bits, made of products of 32 bits, which processors have for vectors. */
 INLINE uint32_t mulhi_u32(uint32_t a, uint32_t b) { return (uint32_t)((uint64_t)a * b >> 32); }
 INLINE uint64_t mulhi_u64(uint64_t a, uint64_t b) {
     uint64_t a0 = (uint32_t)a, a1 = a >> 32, b0 = (uint32_t)b, b1 = b >> 32;
@@ -313,8 +313,8 @@ INLINE uint16_t f16_of_f32(float x) {
     return (uint16_t)((bits_of_f32(x) >> 16 & 0x8000) | b);
 }
 
-/* Rounds to odd: of the two floats around x, the one whose last bit is 1. What is then rounded to fewer bits comes out as
- * if rounded from x itself. */
+/* Rounds to odd: of the two floats around x, the one whose last bit is 1. What is then rounded to fewer bits comes out
+ * as if rounded from x itself. */
 INLINE float f32_odd_of_f64(double x) {
     float f = (float)x;
     double back = (double)f;
@@ -330,13 +330,13 @@ INLINE double f64_of_bf16(uint16_t h) { return (double)f32_of_bf16(h); }
 /* ---- The matrix product ----
  *
  * dot_f32: C[m*scm + n] += sum over k of A[m*sam + k*sak] * B[n/PANEL*sbp + k*sbk + n%PANEL], PANEL for PANEL_F32.
- * That is B packed in panels of PANEL columns, one after the other (sbk = PANEL or less, if B is narrower; sbp = K*sbk),
- * and also a row-major B (sbk its row stride, sbp = PANEL). Sizes of 1 and above; no alignment is assumed; dot_f64 is
- * the same for double. Called with constant sizes, it becomes little more than one loop over k.
+ * That is B packed in panels of PANEL columns, one after the other (sbk = PANEL or less, if B is narrower, and
+ * sbp = K*sbk), and also a row-major B (sbk its row stride, sbp = PANEL). Sizes are 1 and above; no alignment is
+ * assumed. dot_f64 is the same for double. Called with constant sizes, it becomes little more than one loop over k.
  *
  * A tile of C, ROWS by PANEL, stays in registers while k runs. A panel is as wide as two vectors: eight or more of the
- * processor's registers then hold sums, enough to keep its multipliers busy, and the powers of two that kernels have for
- * sizes come out even. */
+ * processor's registers then hold sums, enough to keep its multipliers busy, and the powers of two that kernels have
+ * for sizes come out even. */
 
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64
@@ -392,8 +392,8 @@ typedef double f64x8 __attribute__((vector_size(64), aligned(8), may_alias));
             UNROLL for (int m = 0; m < rows; m++)                                                                      \
                 UNROLL for (int v = 0; v < vectors; v++)                                                               \
                     sums[s][m][v] = s ? (V){0} : *(const V *)(C + m * scm + v * LANES);                                \
-        int k = 0;                                                                                                     \
-        for (; k + split <= K; k += split)                                                                             \
+        const int whole = K - K % split;                                                                               \
+        for (int k = 0; k < whole; k += split)                                                                         \
             UNROLL for (int s = 0; s < split; s++) {                                                                   \
                 V b[VECTORS];                                                                                          \
                 UNROLL for (int v = 0; v < vectors; v++) {                                                             \
@@ -403,7 +403,7 @@ typedef double f64x8 __attribute__((vector_size(64), aligned(8), may_alias));
                 UNROLL for (int m = 0; m < rows; m++)                                                                  \
                     UNROLL for (int v = 0; v < vectors; v++) sums[s][m][v] += A[m * sam + (k + s) * sak] * b[v];       \
             }                                                                                                          \
-        for (; split > 1 && k < K; k++)                                                                                \
+        for (int k = whole; k < K; k++)                                                                                \
             UNROLL for (int m = 0; m < rows; m++)                                                                      \
                 UNROLL for (int v = 0; v < vectors; v++)                                                               \
                     sums[0][m][v] += A[m * sam + k * sak] * *(const V *)(B + k * sbk + v * LANES);                     \
@@ -468,8 +468,8 @@ INLINE void dot_f32(const float *A, long sam, long sak, const float *B, long sbk
     NARROW_STRIP(f32x1, 1)
 }
 
-INLINE void dot_f64(const double *A, long sam, long sak, const double *B, long sbk, long sbp, double *C, long scm, int M,
-                    int N, int K) {
+INLINE void dot_f64(const double *A, long sam, long sak, const double *B, long sbk, long sbp, double *C, long scm,
+                    int M, int N, int K) {
     int n = 0;
     for (; n + PANEL_F64 <= N; n += PANEL_F64, B += sbp)
 #if VECTOR_BYTES >= 64

@@ -39,6 +39,7 @@ _ROOTS = {
     *_BARRIERS, *_TERMINATORS,
 }  # fmt: skip
 _LEAVES = ("arith.constant", "tt.make_range")
+MOST_MASKS = 2  # of whole rows that a loop is written for each case of
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,13 @@ class Buffer:
             return f"{self.name}[{index[1]}]"
         return f"{self.name}[{_linear(self.type.shape, index)}]"
 
-    def in_panel(self, split: bool) -> str:
-        """The same for element (i0, i1) of a buffer in panels; `split`: p1 is the first column of i1's panel."""
+    def in_panel(self, index: Index, split: bool) -> str:
+        """The same for a buffer in panels; `split`: p1 is the first column of the element's panel."""
         rows, columns = self.type.shape
+        row, column = index
         width = f"PANEL({self.type.element}, {columns})"
-        first = "p1" if split else f"(i1 / {width} * {width})"
-        return f"{self.name}[{first} * {rows} + i0 * {width} + i1 - {first}]"
+        first = "p1" if split else f"({column} / {width} * {width})"
+        return f"{self.name}[{first} * {rows} + {row} * {width} + {column} - {first}]"
 
 
 @dataclass
@@ -102,6 +104,7 @@ class Lowering:
         self.names: dict[Value, str] = {}  # of scalars
         self.buffers: dict[Value, Buffer] = {}  # of tensors in memory
         self.done: set[Op] = set()  # roots that are written
+        self.sums: dict[Op, Buffer] = {}  # of products that have begun
         self.loads: list[Value] = []  # of tensors, read so far
         self.nest: Nest | None = None
 
@@ -372,6 +375,8 @@ class Lowering:
                 value, index = op.operands[0], (*index, str(value.index))
             elif op.name == "tt.join" and index[-1] in ("0", "1"):
                 value, index = op.operands[int(index[-1])], index[:-1]
+            elif op.name == "arith.andi" and (1, 1) in map(interval, op.operands) and value.type.element == "i1":
+                value = op.operands[interval(op.operands[0]) == (1, 1)]
             else:
                 break
         return value, index
@@ -424,6 +429,7 @@ class Lowering:
         flat = looped == 2 and nest.unrolled > 0
         levels: list[list[tuple[int, str]]] = [[] for _ in range(2 if flat else looped + 1)]
         names: dict[Element, str] = {}
+        rows: set[str] = set()  # what is computed once for the innermost loop
 
         def name(element: Element) -> str:
             return names[self.viewed(element)]
@@ -440,6 +446,8 @@ class Lowering:
             number = -1 if value in self.buffers else _number(value)
             line = f"{value_type(value.type)} {names[element]} = {text};"
             levels[min(level, 1) if flat else level].append((number, line))
+            if level < looped:
+                rows.add(names[element])
         for root in nest.roots:
             for index in nest.indices():
                 text = name((root.value, index))
@@ -450,7 +458,7 @@ class Lowering:
                         text = f"if ({name((mask[0], index))}) {text}"
                 else:
                     assert root.into is not None
-                    place = root.into.in_panel(split) if root.into.panels else root.into.at(index)
+                    place = root.into.in_panel(index, split) if root.into.panels else root.into.at(index)
                     text = f"{place} = {text};"
                 levels[-1].append((root.number, text))
         self.open("{")
@@ -465,15 +473,30 @@ class Lowering:
             self.lines(levels[1])
             self.close()
         else:
-            for level, dim in enumerate(order, 1):
-                if level == looped:
-                    self.line("IVDEP")
-                if split and dim == 1:
-                    self.open(f"for (int i1 = p1; i1 < p1 + {width}; i1++) {{")
-                else:
-                    self.open(f"for (int i{dim} = 0; i{dim} < {nest.shape[dim]}; i{dim}++) {{")
+            for level, dim in enumerate(order[:-1], 1):
+                self.open(f"for (int i{dim} = 0; i{dim} < {nest.shape[dim]}; i{dim}++) {{")
                 self.lines(levels[level])
-            for _ in order:
+            last = order[-1]
+            head = f"for (int i{last} = 0; i{last} < {nest.shape[last]}; i{last}++) {{"
+            if split:
+                head = f"for (int i1 = p1; i1 < p1 + {width}; i1++) {{"
+            # A loop for each case of what is so for a whole row: the compiler vectorises none with such branches in it.
+            masks = [n for (v, _), n in names.items() if n in rows and v.type.element == "i1"]
+            masks = [n for n in masks if any(re.search(rf"\b{n}\b", text) for _, text in levels[-1])]
+            if len(masks) > MOST_MASKS:
+                masks = []
+            for case in range(2 ** len(masks)):
+                known = {n: 1 - (case >> k & 1) for k, n in enumerate(masks)}
+                if masks:
+                    self.open("if (" + " && ".join(n if so else f"!{n}" for n, so in known.items()) + ") {")
+                    self.line(" ".join(f"const _Bool known_{n} = {so};" for n, so in known.items()))
+                self.line("IVDEP")
+                self.open(head)
+                for _, text in sorted(levels[-1], key=lambda line: line[0]):
+                    self.line(re.sub(rf"\b({'|'.join(masks)})\b", r"known_\1", text) if masks else text)
+                self.close("}" if not masks else "}}")
+                self.depth -= bool(masks)
+            for _ in order[:-1]:
                 self.close()
         if split:
             self.close()
@@ -502,18 +525,31 @@ class Lowering:
         strides = f"1, {rows}" if transposed else f"{inner}, 1"
         if start in self.buffers and _same_block(start, op) and not self._wanted_besides(start, op):
             out = self.buffers[start]  # added to where it is
-        else:
+        elif _is_zero(start):
             out = self.buffer(op.results[0].type)
-            if start.op is not None and start.op.name == "arith.constant" and constant(start.op).strip("()f") in _ZEROS:
-                self.line(f"memset({out.name}, 0, {op.results[0].type.size} * sizeof *{out.name});")
-            else:
-                self.add(Root(start, _LAST, into=out, keeps=False))
-                self.flush()
+            self.line(f"memset({out.name}, 0, {out.type.size} * sizeof *{out.name});")
+        else:
+            self.begin(op)
+            out = self.sums[op]
         panel = f"PANEL({element}, {columns})"
         places = f"{panel}, {inner} * {panel}" if b.panels else f"{columns}, {panel}"
         sizes = f"{rows}, {columns}, {inner}"
         self.line(f"dot_{element}({a.name}, {strides}, {b.name}, {places}, {out.name}, {columns}, {sizes});")
         self.buffers[op.results[0]] = out
+
+    def begin(self, op: Op) -> None:
+        """Writes what a product is added to; also for those after it that are ready, in one loop nest."""
+        if op in self.sums:
+            return
+        for other in op.block.ops[op.block.ops.index(op) :]:
+            if other.name != "tt.dot" and other.name in _ROOTS:
+                break
+            if other.name == "tt.dot" and other.results[0].type == op.results[0].type:
+                start = other.operands[2]
+                if other is op or (_number(start) < op.number and not self.in_memory(start) and not _is_zero(start)):
+                    self.sums[other] = self.buffer(other.results[0].type)
+                    self.add(Root(start, _LAST, into=self.sums[other], keeps=False))
+        self.flush()
 
     def _wanted_besides(self, value: Value, op: Op) -> bool:
         self.done.add(op)
@@ -720,11 +756,12 @@ class Lowering:
         self.bind(op.results, results)
 
 
-_ZEROS = ("0x0.0p+0", "0")
-
-
 def _number(value: Value) -> int:
     return value.op.number if value.op else 0
+
+
+def _is_zero(value: Value) -> bool:
+    return value.op is not None and value.op.name == "arith.constant" and constant(value.op).strip("()f") == "0x0.0p+0"
 
 
 def _walk(block: Block) -> Iterator[Op]:

@@ -19,7 +19,7 @@ _INFIX = {
     "arith.andi": "&", "arith.ori": "|", "arith.xori": "^",
 }  # fmt: skip
 _WRAPPING = {"arith.addi": "+", "arith.subi": "-", "arith.muli": "*"}
-_UNSIGNED = {"arith.divui": "/", "arith.remui": "%", "arith.shrui": ">>", "arith.shli": "<<"}
+_UNSIGNED = {"arith.divui": "/", "arith.remui": "%", "arith.shrui": ">>"}
 _SIGNED = {"arith.divsi": "/", "arith.remsi": "%", "arith.shrsi": ">>"}
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _MINMAX_INT = {"arith.maxsi": (">", ""), "arith.minsi": ("<", ""), "arith.maxui": (">", "u"), "arith.minui": ("<", "u")}
@@ -105,7 +105,9 @@ def expression(op: Op, a: list[str]) -> str:
             return f"({a[0]} {'&' if name == 'arith.muli' else '^'} {a[1]})"
         if interval(op.results[0]) is not None:  # can't overflow: C may know so, too
             return f"({a[0]} {_WRAPPING[name]} {a[1]})"
-        return f"({c_type})((u{c_type}){a[0]} {_WRAPPING[name]} (u{c_type}){a[1]})"
+        return f"({c_type})({_wide(c_type)}{a[0]} {_WRAPPING[name]} {_wide(c_type)}{a[1]})"
+    if name == "arith.shli":
+        return f"({c_type})({_wide(c_type)}{a[0]} << {_wide(c_type)}{a[1]})"
     if name in _UNSIGNED:
         return f"({c_type})((u{c_type}){a[0]} {_UNSIGNED[name]} (u{c_type}){a[1]})"
     if name in _SIGNED:
@@ -157,6 +159,11 @@ def expression(op: Op, a: list[str]) -> str:
     raise Unsupported(f"{op}: the CPU target has no function {short!r}")
 
 
+def _wide(c_type: str) -> str:
+    """The cast under which an operation wraps around: C makes a signed int of what is narrower than that."""
+    return f"(u{c_type})" if BYTES[c_type] >= 4 else "(uint32_t)"
+
+
 def _comparison(op: Op, a: list[str]) -> str:
     predicate, source = op.attributes["words"][0], value_type(op.operands[0].type)
     if op.name == "arith.cmpi":
@@ -184,7 +191,7 @@ def _cast(op: Op, text: str) -> str:
     source, target = op.operands[0].type.element, op.results[0].type.element
     if target in HALF:
         if source == "f64":
-            return f"round_{target}_of_f64({text})"
+            return f"round_{target}(f32_odd_of_f64({text}))"  # not rounded twice
         return f"round_{target}((float){text})"
     if source == "i1" and op.name in ("arith.extsi", "arith.sitofp"):
         return f"({value_type(op.results[0].type)})-(int){text}"
@@ -199,13 +206,15 @@ def _bitcast(op: Op, text: str) -> str:
         return f"({value_type(result)})(intptr_t){text}"
     if source.element == result.element:
         return text
-    if source.element in HALF:  # i16 <- half
-        return f"(int16_t){source.element}_of_f32({text})"
+    if source.element in HALF:
+        text = f"{source.element}_of_f32({text})"
+    elif source.element[0] == "f":
+        text = f"bits_of_{source.element}({text})"
     if result.element in HALF:
         return f"f32_of_{result.element}((uint16_t){text})"
-    if {source.element[0], result.element[0]} == {"i"}:
-        return f"({value_type(result)}){text}"
-    return f"bits_{result.element}_of_{source.element}({text})"
+    if result.element[0] == "f":
+        return f"{result.element}_of_bits({text})"
+    return f"({value_type(result)}){text}"
 
 
 def loaded(text: str, element: str) -> str:
