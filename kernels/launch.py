@@ -1,6 +1,7 @@
 """What all launchers share: the arguments of a layer's kernels, laid out and allocated."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> N
 
 @dataclass(frozen=True)
 class Launch:
-    """One layer's call: its plan, sizes (`lstm_triton.recurrence`) and kernel arguments."""
+    """One layer's call: its plan, sizes (`lstm_triton.recurrence`) and kernel arguments.
+
+    Where a kernel has no use for a tensor, any other stands in.
+    """
 
     plan: Plan
     layout: Layout
@@ -36,10 +40,11 @@ class Launch:
     N: int
     H: int
     K: int
+    projected: bool
     w_hh: Tensor  # (D, 4H, K)
-    w_hr: Tensor  # (D, K, H), or empty
-    offsets: Tensor  # (T + 1) int64 first rows of the steps where ragged, or empty
-    mask: Tensor  # (D, T or 1, B, K), or the seed, or empty
+    w_hr: Tensor  # (D, K, H) where projected
+    offsets: Tensor  # (T + 1) int64 first rows of the steps, where ragged
+    mask: Tensor  # (D, T or 1, B, K), or the seed
     mask_steps: int
     drop: tuple[int, float, int]  # threshold, scale, stream
     constants: dict[str, Any]
@@ -59,24 +64,19 @@ class Launch:
     ) -> "Launch":
         D, N, _ = gates.shape
         B, H, K, T = layout.batch, cx.size(2), hx.size(2), layout.steps
-        empty = gates.new_empty(0)
-        ragged = not layout.is_dense
-        offsets = torch.tensor([*layout.starts, N], device=gates.device) if ragged else empty
-        mask, mask_steps, kind, per_step = empty, 1, "none", dropout.per_step
+        ragged, projected = not layout.is_dense, bool(weight_hr)
+        offsets = torch.tensor([*layout.starts, N], device=gates.device) if ragged else gates
+        mask, mask_steps, kind, per_step = gates, 1, "none", dropout.per_step
         if dropout.mask is not None:
             mask, mask_steps, kind = dropout.mask.contiguous(), dropout.mask.size(1), "given"
             per_step = mask_steps > 1
         elif dropout.seed is not None:
             mask, kind = dropout.seed, "drawn"
         return cls(
-            plan, layout, D, T, B, N, H, K,
-            _stacked(weight_hh), _stacked(weight_hr) if weight_hr else empty,
+            plan, layout, D, T, B, N, H, K, projected,
+            _stacked(weight_hh), _stacked(weight_hr) if projected else gates,
             offsets, mask, mask_steps, (*threshold_and_scale(dropout.p), dropout.stream),
-            {
-                "D": D, "H": H, "K": K, "BLOCK_B": plan.block_b, "BLOCK_H": plan.block_h, "BLOCK_K": plan.block_k,
-                "HAS_HR": bool(weight_hr), "RAGGED": ragged, "DROPOUT": kind, "PER_STEP": per_step,
-                "PRECISION": precision, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
-            },
+            _constants(plan, D, H, K, projected, ragged, kind, per_step, precision),
         )  # fmt: skip
 
     def recurrence(self, gates: Tensor, hx: Tensor, cx: Tensor, save: bool) -> Recurrence:
@@ -89,10 +89,21 @@ class Launch:
     def gradients(self, saved: Recurrence, hx: Tensor, cx: Tensor) -> Gradients:
         """Room for what backward returns."""
         h_prev = hx.new_empty(self.D, self.N, self.K)
-        dh = torch.empty_like(h_prev) if self.w_hr.numel() else hx.new_empty(0)
+        dh = torch.empty_like(h_prev) if self.projected else hx.new_empty(0)
         return Gradients(torch.empty_like(saved.gates), torch.empty_like(hx), torch.empty_like(cx), h_prev, dh)
 
 
+@lru_cache(maxsize=256)
+def _constants(
+    plan: Plan, D: int, H: int, K: int, projected: bool, ragged: bool, dropout: str, per_step: bool, precision: str
+) -> dict[str, Any]:
+    return {
+        "D": D, "H": H, "K": K, "BLOCK_B": plan.block_b, "BLOCK_H": plan.block_h, "BLOCK_K": plan.block_k,
+        "HAS_HR": projected, "RAGGED": ragged, "DROPOUT": dropout, "PER_STEP": per_step,
+        "PRECISION": precision, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
+    }  # fmt: skip
+
+
 def _stacked(weights: list[Tensor]) -> Tensor:
-    """(D, ·, ·), copied only where there are two directions."""
-    return torch.stack(weights) if len(weights) > 1 else weights[0].contiguous().unsqueeze(0)
+    """(D, ·, ·), copied only where there are two directions; where there is one, that axis isn't made."""
+    return torch.stack(weights) if len(weights) > 1 else weights[0].contiguous()

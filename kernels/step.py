@@ -85,11 +85,12 @@ def forward_kernel(
 
 def forward(launch: Launch, gates: Tensor, hx: Tensor, cx: Tensor, save: bool) -> Recurrence:
     """Runs the recurrence over all steps; arguments as of `lstm_triton.eager.forward`."""
-    plan, projected = launch.plan, launch.w_hr.numel() > 0
+    plan, projected = launch.plan, launch.projected
     result = launch.recurrence(gates, hx, cx, save)
     h, c = hx.clone(), cx.to(result.c.dtype, copy=True)
     h_out = torch.empty_like(cx if projected else hx)
     grid = (triton.cdiv(launch.B, plan.block_b), triton.cdiv(launch.H, plan.block_h), launch.D)
+    weight_hr = launch.w_hr.view(launch.D, launch.K, launch.H) if projected else launch.w_hr
     for s in range(launch.T):
         start(
             forward_kernel, grid,
@@ -99,7 +100,7 @@ def forward(launch: Launch, gates: Tensor, hx: Tensor, cx: Tensor, save: bool) -
         )  # fmt: skip
         if projected:
             for d, rows, at in _slices(launch, s):
-                h[d, :rows] = h_out[d, :rows] @ launch.w_hr[d].t()
+                h[d, :rows] = h_out[d, :rows] @ weight_hr[d].t()
                 result.output[at, d * launch.K : (d + 1) * launch.K] = h[d, :rows]
         else:
             h, h_out = h_out, h
@@ -211,11 +212,12 @@ def backward(
     launch: Launch, doutput: Tensor, dhn: Tensor, dcn: Tensor, saved: Recurrence, hx: Tensor, cx: Tensor
 ) -> Gradients:
     """The gradients of `forward`, from those of its outputs."""
-    plan, projected = launch.plan, launch.w_hr.numel() > 0
+    plan, projected = launch.plan, launch.projected
     found = launch.gradients(saved, hx, cx)
     dh_state, dc_state = (x.to(saved.c.dtype, copy=True) for x in (dhn, dcn))
     dq = torch.empty_like(cx) if projected else cx
     batch = triton.cdiv(launch.B, plan.block_b)
+    weight_hr = launch.w_hr.view(launch.D, launch.K, launch.H) if projected else launch.w_hr
 
     def run(s: int, stage: str, size: int) -> None:
         start(
@@ -231,7 +233,7 @@ def backward(
         if projected:
             run(s, "state", launch.K)
             for d, rows, at in _slices(launch, launch.T - 1 - s):
-                dq[d, :rows] = found.dh[d, at] @ launch.w_hr[d]
+                dq[d, :rows] = found.dh[d, at] @ weight_hr[d]
             run(s, "cell", launch.H)
         else:
             run(s, "both", launch.H)

@@ -6,6 +6,8 @@ function of (seed, stream, time step, batch row, unit) alone, so the Triton kern
 same bits in registers (`kernels/blocks.py`) and nothing has to be stored for backward there.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ PER_CALL = 8
 _WORD = 0xFFFFFFFF
 
 
+@lru_cache(maxsize=64)
 def threshold_and_scale(p: float) -> tuple[int, float]:
     """The 16-bit number below which an element is dropped, and what kept elements are multiplied by.
 

@@ -5,7 +5,7 @@ biases and input are GEMMs after it. Only the recurrence itself has several ways
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,15 +18,21 @@ from lstm_triton.recurrence import Gradients, Layout, Recurrence, RecurrentDropo
 from lstm_triton.reference import by_direction
 
 _HALF = (torch.float16, torch.bfloat16)
+_NOTHING = nullcontext()
+
+
+def gemms_as_rnn(input: Tensor) -> AbstractContextManager[None]:
+    """float32 GEMMs in the precision that PyTorch's setting for RNNs allows, as cuDNN's are."""
+    if input.dtype != torch.float32 or not input.is_cuda:
+        return _NOTHING
+    return _matmul_precision(rnn_precision(input.device))
 
 
 @contextmanager
-def gemms_as_rnn(input: Tensor) -> Iterator[None]:
-    """float32 GEMMs in the precision that PyTorch's setting for RNNs allows, as cuDNN's are."""
+def _matmul_precision(wanted: str) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
-    wanted = rnn_precision(input.device)
     given = matmul.fp32_precision
-    if input.dtype != torch.float32 or input.device.type != "cuda" or (given == "tf32") == (wanted == "tf32"):
+    if (given == "tf32") == (wanted == "tf32"):
         yield
         return
     matmul.fp32_precision = wanted
@@ -240,17 +246,28 @@ class _Layer(torch.autograd.Function):
     """
 
     @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        inputs = _packed(arguments)
+        outputs = forward(*inputs)
+        _setup_context(ctx, inputs, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        dinput, batch_sizes, dhx, dcx, dweights, *rest = _gradients(backward, ctx, *gradients)
+        return dinput, batch_sizes, dhx, dcx, *rest, *dweights
+
+
+class _TransformedLayer(_Layer):
+    """The same in the form that `torch.func`'s transforms take, which costs a look at the signature in each call."""
+
+    @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
         return forward(*_packed(arguments))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _setup_context(ctx, _packed(inputs), output)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        dinput, batch_sizes, dhx, dcx, dweights, *rest = _gradients(backward, ctx, *gradients)
-        return dinput, batch_sizes, dhx, dcx, *rest, *dweights
 
 
 def _packed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -264,4 +281,8 @@ def run(
     """`forward` with gradients, in the way that suits the call; arguments and results as there."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return layer(input, batch_sizes, hx, cx, weights, *options)
+    if torch._C._are_functorch_transforms_active():
+        return _TransformedLayer.apply(input, batch_sizes, hx, cx, *options, *weights)
+    if not options[-1]:  # nothing is kept for a backward, so there is none
+        return forward(input, batch_sizes, hx, cx, weights, *options)
     return _Layer.apply(input, batch_sizes, hx, cx, *options, *weights)

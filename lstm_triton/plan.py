@@ -2,13 +2,14 @@
 
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lstm_triton.dropout import PER_CALL
 from lstm_triton.recurrence import Gradients, Layout, Recurrence, RecurrentDropout, rnn_precision
 
 STRATEGIES = ("persistent", "step")
@@ -19,12 +20,16 @@ PERSISTENT_BYTES = 128 * 1024
 # Shared memory of a program where no GPU says otherwise: sm_80's.
 SHARED_BYTES = 163 * 1024
 
+# Rows of the batch that a program on a CPU has at most.
+CPU_ROWS = 32
+
 _forced: str | None = None
+_NOTHING = nullcontext()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a layer's recurrence runs on a GPU."""
+    """How a layer's recurrence runs in Triton kernels."""
 
     strategy: str
     block_b: int  # batch rows of a program
@@ -65,10 +70,10 @@ def choose(
         dtype: of input and weights.
         shared_bytes: shared memory that a program can have.
         interpreted: whether the kernels run in Triton's interpreter, which is fastest with few programs.
+        threads: how many threads run the kernels natively on a CPU; 0 for a GPU.
     """
     if threads:
-        rows = -(-batch // threads)
-        return Plan(_forced or "persistent", min(1 << (rows - 1).bit_length(), 64), _power(hidden), _power(size), 1)
+        return _choose_on_cpu(batch, hidden, size, threads)
     block_h, block_k = tile(hidden), tile(size)
     # tl.dot takes 16 rows or more; more programs with few rows each hide latency better.
     block_b = min(tile(batch), 64) if interpreted else 16
@@ -79,6 +84,15 @@ def choose(
     if (_forced or ("persistent" if fits else "step")) == "persistent":
         return Plan("persistent", block_b, block_h, block_k, num_warps=4 if weights <= 32 * 1024 else 8)
     return Plan("step", block_b, min(block_h, 32), min(block_k, 64), num_warps=4, num_stages=2)
+
+
+def _choose_on_cpu(batch: int, hidden: int, size: int, threads: int) -> Plan:
+    # A program a thread, for weights are then read least; no more rows than leave the states in the cache.
+    block_b = min(_power(-(-batch // threads)), CPU_ROWS)
+    block_h, block_k = max(PER_CALL, _power(hidden)), max(PER_CALL, _power(size))
+    if _forced == "step":
+        return Plan("step", block_b, min(block_h, 32), min(block_k, 64), 1)
+    return Plan("persistent", block_b, block_h, block_k, 1)
 
 
 def _kernels() -> Any:
@@ -93,6 +107,11 @@ def _power(n: int) -> int:
 def tile(n: int) -> int:
     """The smallest power of two that holds n and that `tl.dot` takes."""
     return max(16, 1 << (n - 1).bit_length())
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current GPU: makes that the one where `x` is."""
+    return torch.cuda.device_of(x) if x.is_cuda else _NOTHING
 
 
 def _prepared(
@@ -136,7 +155,7 @@ def forward(
 ) -> Recurrence:
     """`lstm_triton.eager.forward` by Triton kernels."""
     strategy, launch = _prepared(gates, hx, cx, weight_hh, weight_hr, layout, dropout)
-    with torch.cuda.device_of(gates):  # Triton launches on the current device
+    with _device_of(gates):
         return strategy.forward(launch, gates, hx.contiguous(), cx.contiguous(), save)
 
 
@@ -154,5 +173,5 @@ def backward(
 ) -> Gradients:
     """`lstm_triton.eager.backward` by Triton kernels."""
     strategy, launch = _prepared(saved.gates, hx, cx, weight_hh, weight_hr, layout, dropout)
-    with torch.cuda.device_of(hx):
+    with _device_of(hx):
         return strategy.backward(launch, doutput, dhn, dcn, saved, hx.contiguous(), cx.contiguous())

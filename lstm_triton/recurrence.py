@@ -8,6 +8,7 @@ size and K the size of h: `proj_size` where there is one, else H.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +25,10 @@ class Layout:
     rows: list[int]
     batch: int  # B: rows[0], the most of any step
 
-    @classmethod
-    def dense(cls, steps: int, batch: int) -> "Layout":
-        return cls([t * batch for t in range(steps)], [batch] * steps, batch)
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def dense(steps: int, batch: int) -> "Layout":
+        return Layout([t * batch for t in range(steps)], [batch] * steps, batch)
 
     @classmethod
     def of(cls, total: int, batch: int, batch_sizes: Tensor | None) -> "Layout":

@@ -78,13 +78,15 @@ def constant(op: Op) -> str:
 
 
 def _number(literal: str, element: str) -> float:
+    code, unsigned = {"f16": ("e", "H"), "bf16": ("f", "I"), "f32": ("f", "I"), "f64": ("d", "Q")}[element]
     if not literal.startswith("0x"):
-        # In the dtype's own precision: C would read a decimal of float32 as double first.
-        return struct.unpack("f", struct.pack("f", float(literal)))[0] if element == "f32" else float(literal)
-    bits = int(literal, 16)
-    if element == "bf16":
-        bits, element = bits << 16, "f32"
-    code, unsigned = {"f16": ("e", "H"), "f32": ("f", "I"), "f64": ("d", "Q")}[element]
+        # A decimal has no more digits than tell it from the dtype's other numbers.
+        number = struct.unpack(code, struct.pack(code, float(literal)))[0]
+        if element != "bf16":
+            return number
+        bits = struct.unpack(unsigned, struct.pack(code, number))[0] + 0x8000 & 0xFFFF0000
+    else:
+        bits = int(literal, 16) << (16 if element == "bf16" else 0)
     return struct.unpack(code, struct.pack(unsigned, bits))[0]
 
 
