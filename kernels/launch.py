@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lstm_triton import cpu
+from lstm_triton.cpu import native
 from lstm_triton.dropout import threshold_and_scale
 from lstm_triton.kernels.blocks import INTERPRETED
 from lstm_triton.plan import Plan
@@ -17,12 +17,28 @@ from lstm_triton.recurrence import Gradients, Layout, Recurrence, RecurrentDropo
 RUN_TIME = ["T", "B", "N", "s", "threshold", "stream", "mask_steps"]
 
 
-def start(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Launches a kernel where its tensors are: on a GPU, on the CPU, or there in Triton's interpreter."""
+_prepared: dict[tuple[int, ...], tuple[Any, ...]] = {}
+
+
+def start(kernel: Any, grid: tuple[int, int, int], args: list[Any], shared: dict[str, Any], **own: Any) -> None:
+    """Launches a kernel where its tensors are: on a GPU, on the CPU, or there in Triton's interpreter.
+
+    Args:
+        kernel: a `triton.jit` function.
+        grid: numbers of programs.
+        args: its arguments that are no constants.
+        shared: the constants of a `Launch`; the types of `args` follow from them.
+        own: further constants, each one of a few objects that live on.
+    """
     if INTERPRETED or args[0].is_cuda:
-        kernel[grid](*args, **constants)
-    else:
-        cpu.launch(kernel, grid, *args, **constants)
+        kernel[grid](*args, **shared, **own)
+        return
+    # Found by identity, which is a good part faster than by value; the entry keeps alive what it is found by.
+    key = (id(kernel), id(shared), *map(id, own.values()))
+    entry = _prepared.get(key)
+    if entry is None:
+        entry = _prepared[key] = (native.Prepared(kernel, tuple(args), shared | own), kernel, shared, own)
+    entry[0].run(grid, args)
 
 
 @dataclass(frozen=True)
@@ -76,7 +92,7 @@ class Launch:
             plan, layout, D, T, B, N, H, K, projected,
             _stacked(weight_hh), _stacked(weight_hr) if projected else gates,
             offsets, mask, mask_steps, (*threshold_and_scale(dropout.p), dropout.stream),
-            _constants(plan, D, H, K, projected, ragged, kind, per_step, precision),
+            _constants(gates.dtype, plan, D, H, K, projected, ragged, kind, per_step, precision),
         )  # fmt: skip
 
     def recurrence(self, gates: Tensor, hx: Tensor, cx: Tensor, save: bool) -> Recurrence:
@@ -95,8 +111,18 @@ class Launch:
 
 @lru_cache(maxsize=256)
 def _constants(
-    plan: Plan, D: int, H: int, K: int, projected: bool, ragged: bool, dropout: str, per_step: bool, precision: str
+    dtype: torch.dtype,
+    plan: Plan,
+    D: int,
+    H: int,
+    K: int,
+    projected: bool,
+    ragged: bool,
+    dropout: str,
+    per_step: bool,
+    precision: str,
 ) -> dict[str, Any]:
+    """One dictionary for all launches of a kind: with the dtype it says the types of the other arguments, too."""
     return {
         "D": D, "H": H, "K": K, "BLOCK_B": plan.block_b, "BLOCK_H": plan.block_h, "BLOCK_K": plan.block_k,
         "HAS_HR": projected, "RAGGED": ragged, "DROPOUT": dropout, "PER_STEP": per_step,

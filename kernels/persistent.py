@@ -97,13 +97,13 @@ def forward_kernel(
 def forward(launch: Launch, gates: Tensor, hx: Tensor, cx: Tensor, save: bool) -> Recurrence:
     """Runs the recurrence over all steps; arguments as of `lstm_triton.eager.forward`."""
     result = launch.recurrence(gates, hx, cx, save)
-    grid = (triton.cdiv(launch.B, launch.plan.block_b), launch.D)
+    grid = (-(-launch.B // launch.plan.block_b), launch.D, 1)
     start(
-        forward_kernel, grid,
-        gates, result.output, result.c, hx, cx, result.hn, result.cn,
-        launch.w_hh, launch.w_hr, launch.offsets, launch.mask,
-        launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
-        SAVE=save, CELL=lstm_forward, **launch.constants,
+        forward_kernel, grid, [
+            gates, result.output, result.c, hx, cx, result.hn, result.cn,
+            launch.w_hh, launch.w_hr, launch.offsets, launch.mask,
+            launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
+        ], launch.constants, SAVE=save, CELL=lstm_forward,
     )  # fmt: skip
     return result
 
@@ -218,13 +218,13 @@ def backward(
 ) -> Gradients:
     """The gradients of `forward`, from those of its outputs."""
     found = launch.gradients(saved, hx, cx)
-    grid = (triton.cdiv(launch.B, launch.plan.block_b), launch.D)
+    grid = (-(-launch.B // launch.plan.block_b), launch.D, 1)
     start(
-        backward_kernel, grid,
-        doutput, dhn, dcn, saved.gates, saved.c, saved.output, hx, cx,
-        found.dgates, found.h_prev, found.dh, found.dhx, found.dcx,
-        launch.w_hh, launch.w_hr, launch.offsets, launch.mask,
-        launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
-        CELL=lstm_backward, **launch.constants,
+        backward_kernel, grid, [
+            doutput, dhn, dcn, saved.gates, saved.c, saved.output, hx, cx,
+            found.dgates, found.h_prev, found.dh, found.dhx, found.dcx,
+            launch.w_hh, launch.w_hr, launch.offsets, launch.mask,
+            launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
+        ], launch.constants, CELL=lstm_backward,
     )  # fmt: skip
     return found

@@ -89,14 +89,14 @@ def forward(launch: Launch, gates: Tensor, hx: Tensor, cx: Tensor, save: bool) -
     result = launch.recurrence(gates, hx, cx, save)
     h, c = hx.clone(), cx.to(result.c.dtype, copy=True)
     h_out = torch.empty_like(cx if projected else hx)
-    grid = (triton.cdiv(launch.B, plan.block_b), triton.cdiv(launch.H, plan.block_h), launch.D)
+    grid = (-(-launch.B // plan.block_b), -(-launch.H // plan.block_h), launch.D)
     weight_hr = launch.w_hr.view(launch.D, launch.K, launch.H) if projected else launch.w_hr
     for s in range(launch.T):
         start(
-            forward_kernel, grid,
-            gates, result.output, result.c, h, h_out, c, launch.w_hh, launch.offsets, launch.mask,
-            s, launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
-            SAVE=save, CELL=lstm_forward, **launch.constants,
+            forward_kernel, grid, [
+                gates, result.output, result.c, h, h_out, c, launch.w_hh, launch.offsets, launch.mask,
+                s, launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
+            ], launch.constants, SAVE=save, CELL=lstm_forward,
         )  # fmt: skip
         if projected:
             for d, rows, at in _slices(launch, s):
@@ -216,17 +216,17 @@ def backward(
     found = launch.gradients(saved, hx, cx)
     dh_state, dc_state = (x.to(saved.c.dtype, copy=True) for x in (dhn, dcn))
     dq = torch.empty_like(cx) if projected else cx
-    batch = triton.cdiv(launch.B, plan.block_b)
+    batch = -(-launch.B // plan.block_b)
     weight_hr = launch.w_hr.view(launch.D, launch.K, launch.H) if projected else launch.w_hr
 
     def run(s: int, stage: str, size: int) -> None:
         start(
-            backward_kernel, (batch, triton.cdiv(size, plan.block_h), launch.D),
-            doutput, saved.gates, saved.c, saved.output, hx, cx,
-            found.dgates, found.h_prev, dh_state, dc_state, found.dh, dq,
-            launch.w_hh, launch.offsets, launch.mask,
-            s, launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
-            CELL=lstm_backward, STAGE=stage, **launch.constants,
+            backward_kernel, (batch, -(-size // plan.block_h), launch.D), [
+                doutput, saved.gates, saved.c, saved.output, hx, cx,
+                found.dgates, found.h_prev, dh_state, dc_state, found.dh, dq,
+                launch.w_hh, launch.offsets, launch.mask,
+                s, launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
+            ], launch.constants, CELL=lstm_backward, STAGE=stage,
         )  # fmt: skip
 
     for s in range(launch.T):

@@ -57,7 +57,7 @@ def check_triton(device: torch.device) -> None:
             "backend='triton' needs the package triton, which is not installed; "
             "install it (pip install triton, Linux only) or use backend='eager' or 'torch'"
         )
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+    if device.type == "cpu" and not torch.compiler.is_compiling() and os.environ.get("TRITON_INTERPRET", "0") != "1":
         build.compiler()  # says what to install
 
 

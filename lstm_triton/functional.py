@@ -153,15 +153,17 @@ def _stack(
             mask, seed = RecurrentDropout(None, seed, p, per_step, 0).drawn(steps, like), None
     if mask is not None:
         mask = mask.to(state_dtype(x.dtype))
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in (x, h0, c0, *weights))
+    save = torch.is_grad_enabled() and any([x.requires_grad for x in (x, h0, c0, *weights)])
     each = len(weights) // options.num_layers
+    whole = options.num_layers == 1
     hn, cn = [], []
     for k in range(options.num_layers):
         if k and options.dropout > 0 and options.training:
             x = F.dropout(x, options.dropout, True)
         rows = slice(k * directions, (k + 1) * directions)
         x, h, c, *_ = ops.run(
-            x, batch_sizes, h0[rows], c0[rows], weights[k * each : (k + 1) * each], options.bias,
+            x, batch_sizes, h0 if whole else h0[rows], c0 if whole else c0[rows],
+            weights[k * each : (k + 1) * each], options.bias,
             None if mask is None else mask[rows], seed, p, per_step, rows.start, backend, save,
         )  # fmt: skip
         hn.append(h)

@@ -89,6 +89,8 @@ def forward(
         else:
             result = plan.forward(gates, hx, cx, *_recurrent(directions), layout, dropout, save)
     gates, c = (result.gates, result.c) if save else (result.gates.new_empty(0), result.c.new_empty(0))
+    if result.output.dtype == dtype:
+        return result.output, result.hn, result.cn, gates, c
     return result.output.to(dtype), result.hn.to(dtype), result.cn.to(dtype), gates, c
 
 
@@ -160,7 +162,7 @@ def backward(
                 torch.addmm(dinput, found.dgates[d], w_ih, beta=int(d > 0), out=dinput)
         dweights = _weight_gradients(found, saved, input, bias) if weights_wanted else [w.new_empty(0) for w in weights]
     gradients = [dinput, found.dhx, found.dcx, *dweights]
-    return [x.to(dtype) for x in gradients]
+    return [x if x.dtype == dtype else x.to(dtype) for x in gradients]
 
 
 def _weight_gradients(found: Gradients, saved: Recurrence, input: Tensor, bias: bool) -> list[Tensor]:

@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def choose(
         threads: how many threads run the kernels natively on a CPU; 0 for a GPU.
     """
     if threads:
-        return _choose_on_cpu(batch, hidden, size, threads)
+        return _choose_on_cpu(batch, hidden, size, threads, _forced)
     block_h, block_k = tile(hidden), tile(size)
     # tl.dot takes 16 rows or more; more programs with few rows each hide latency better.
     block_b = min(tile(batch), 64) if interpreted else 16
@@ -86,15 +87,17 @@ def choose(
     return Plan("step", block_b, min(block_h, 32), min(block_k, 64), num_warps=4, num_stages=2)
 
 
-def _choose_on_cpu(batch: int, hidden: int, size: int, threads: int) -> Plan:
+@lru_cache(maxsize=256)
+def _choose_on_cpu(batch: int, hidden: int, size: int, threads: int, forced: str | None) -> Plan:
     # A program a thread, for weights are then read least; no more rows than leave the states in the cache.
     block_b = min(_power(-(-batch // threads)), CPU_ROWS)
     block_h, block_k = max(PER_CALL, _power(hidden)), max(PER_CALL, _power(size))
-    if _forced == "step":
+    if forced == "step":
         return Plan("step", block_b, min(block_h, 32), min(block_k, 64), 1)
     return Plan("persistent", block_b, block_h, block_k, 1)
 
 
+@cache
 def _kernels() -> Any:
     """The kernels, imported on first use: Triton may be missing, and `TRITON_INTERPRET` is read at that moment."""
     return importlib.import_module("lstm_triton.kernels")

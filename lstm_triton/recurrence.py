@@ -137,6 +137,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def rnn_precision(device: torch.device) -> str:
     """ "tf32" where PyTorch's setting for RNNs allows it on this device, else "ieee"."""
+    if device.type != "cuda":
+        return "ieee"
     rnn: Any = torch.backends.cudnn.rnn  # its type has no word of the setting
-    allowed = device.type == "cuda" and rnn.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+    return "tf32" if rnn.fp32_precision == "tf32" else "ieee"

@@ -190,7 +190,9 @@ class _Parser:
             op.attributes.update(_attributes(rest))
             region = Block(op)
             op.regions.append(region)
-            end = _LOCATION.sub("", self._block(region))
+            last = self._block(region)
+            op.place = self._place(last)
+            end = _LOCATION.sub("", last)
             types = _types(end.rsplit("->", 1)[-1])
         else:
             body, trailer = _split_types(rest)
@@ -260,18 +262,16 @@ class _Parser:
         return _types(results)
 
     def _place(self, line: str) -> str:
-        """file:line of an operation, the innermost that its location names."""
+        """file:line of an operation, and of the calls that lead there."""
         found = _LOCATION.findall(line)
-        text = found[-1] if found else ""
-        for _ in range(50):
-            match = re.search(r'"([^"]+)":(\d+):\d+', text)
-            if match:
-                return f"{match[1]}:{match[2]}"
-            alias = re.search(r"#loc\d*", text)
-            if not alias:
-                break
-            text = self.places.get(alias[0], "")
-        return "an unknown place"
+        return " called from ".join(dict.fromkeys(self._resolved(found[-1]))) if found else "an unknown place"
+
+    def _resolved(self, location: str) -> Iterator[str]:
+        for match in re.finditer(r'"([^"]+)":(\d+):\d+|#loc\d*', location):
+            if match[1]:
+                yield f"{match[1]}:{match[2]}"
+            else:
+                yield from self._resolved(self.places.get(match[0], ""))
 
 
 def _joined(text: str) -> Iterator[str]:

@@ -20,7 +20,39 @@ _SLOTS = {"i32": "i4x", "i64": "q", "fp32": "f4x", "*": "P"}  # `struct` formats
 # What a launch takes beside the kernel's own parameters; the first two are for GPUs.
 _OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid")
 
-_compiled: dict[Any, tuple[runtime.Kernel, struct.Struct]] = {}
+
+class Prepared:
+    """A kernel compiled for arguments of certain types."""
+
+    def __init__(self, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        values = iter(args)
+        signature, wanted = {}, {}
+        for parameter in kernel.params:
+            if not parameter.is_constexpr:
+                signature[parameter.name] = _kind(next(values, None), parameter.name)
+            elif parameter.name in constants:
+                signature[parameter.name], wanted[parameter.name] = "constexpr", constants[parameter.name]
+            else:
+                raise TypeError(f"{kernel.fn.__name__} lacks its constant {parameter.name}")
+        kinds = [kind for kind in signature.values() if kind != "constexpr"]
+        if len(kinds) != len(args):
+            raise TypeError(f"{kernel.fn.__name__} takes {len(kinds)} arguments beside its constants, got {len(args)}")
+        unknown = constants.keys() - wanted.keys() - set(_OPTIONS)
+        if unknown:
+            raise TypeError(f"{kernel.fn.__name__} has no constants {', '.join(sorted(unknown))}")
+        self.cooperative = constants.get("launch_cooperative_grid", False)
+        self.pointers = [k for k, kind in enumerate(kinds) if kind[0] == "*"]
+        self.slots = struct.Struct("".join(_SLOTS["*" if kind[0] == "*" else kind] for kind in kinds))
+        self.kernel = runtime.Kernel(build.load(source(kernel, signature, wanted), kernel.fn.__name__))
+
+    def run(self, grid: tuple[int, int, int], args: list[Any]) -> None:
+        """Runs the kernel over a grid; `args` are those of `launch`, and are overwritten."""
+        for k in self.pointers:
+            args[k] = args[k].data_ptr()
+        runtime.run(self.kernel, self.slots.pack(*args), grid, self.cooperative)
+
+
+_prepared: dict[Any, Prepared] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float, **constants: Any) -> None:
@@ -36,42 +68,30 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float, **co
 
     Raises:
         Unsupported: the kernel has an operation that the target lacks.
+        TypeError: arguments are missing, unknown or of a type that kernels don't take.
         RuntimeError: there is no C compiler, or it failed.
     """
-    key = (kernel, *(a.dtype if isinstance(a, Tensor) else _scalar(a) for a in args), *constants.items())
-    entry = _compiled.get(key)
-    if entry is None:
-        entry = _compiled[key] = _compile(kernel, args, constants)
-    compiled, slots = entry
-    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
+    key = (kernel, *(a.dtype if isinstance(a, Tensor) else _kind(a, "") for a in args), *constants.items())
+    prepared = _prepared.get(key)
+    if prepared is None:
+        prepared = _prepared[key] = Prepared(kernel, args, constants)
     x, y, z = (*grid, 1, 1)[:3]
-    runtime.run(compiled, slots.pack(*values), (x, y, z), constants.get("launch_cooperative_grid", False))
+    prepared.run((x, y, z), list(args))
 
 
-def _scalar(value: int | float) -> str:
-    if isinstance(value, float):
+def _kind(value: Any, name: str) -> str:
+    """The type of an argument, as Triton writes it."""
+    if isinstance(value, Tensor):
+        if value.dtype in _POINTERS:
+            return _POINTERS[value.dtype]
+    elif isinstance(value, float):
         return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-def _compile(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[runtime.Kernel, struct.Struct]:
-    names = iter(args)
-    signature, wanted = {}, {}
-    for parameter in kernel.params:
-        if parameter.is_constexpr:
-            signature[parameter.name], wanted[parameter.name] = "constexpr", constants[parameter.name]
-        else:
-            value = next(names)
-            signature[parameter.name] = _POINTERS[value.dtype] if isinstance(value, Tensor) else _scalar(value)
-    kinds = [kind for kind in signature.values() if kind != "constexpr"]
-    if len(kinds) != len(args):
-        raise TypeError(f"{kernel.fn.__name__} takes {len(kinds)} arguments beside its constants, got {len(args)}")
-    unknown = constants.keys() - wanted.keys() - set(_OPTIONS)
-    if unknown:
-        raise TypeError(f"{kernel.fn.__name__} has no parameters {', '.join(sorted(unknown))}")
-    name = kernel.fn.__name__
-    library = build.load(source(kernel, signature, wanted), name)
-    return runtime.Kernel(library), struct.Struct("".join(_SLOTS["*" if k[0] == "*" else k] for k in kinds))
+    elif isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+    raise TypeError(
+        f"argument {name or value!r} should be a tensor of a dtype that kernels take, or a number, got {given}"
+    )
 
 
 def source(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> str:
