@@ -12,6 +12,7 @@ from lstm_triton.dropout import threshold_and_scale
 from lstm_triton.kernels.blocks import INTERPRETED
 from lstm_triton.plan import Plan
 from lstm_triton.recurrence import Gradients, Layout, Recurrence, RecurrentDropout, state_dtype
+from lstm_triton.reference import Direction
 
 # Kernel arguments that vary from call to call and must not compile a kernel anew.
 RUN_TIME = ["T", "B", "N", "s", "threshold", "stream", "mask_steps"]
@@ -41,7 +42,7 @@ def start(kernel: Any, grid: tuple[int, int, int], args: list[Any], shared: dict
     entry[0].run(grid, args)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Launch:
     """One layer's call: its plan, sizes (`lstm_triton.recurrence`) and kernel arguments.
 
@@ -56,8 +57,14 @@ class Launch:
     N: int
     H: int
     K: int
+    I: int
     projected: bool
+    bias: bool
+    x: Tensor  # (N, I)
+    w_ih: Tensor  # (D, 4H, I)
     w_hh: Tensor  # (D, 4H, K)
+    b_ih: Tensor  # (D, 4H) where there are biases
+    b_hh: Tensor  # (D, 4H) where there are biases
     w_hr: Tensor  # (D, K, H) where projected
     offsets: Tensor  # (T + 1) int64 first rows of the steps, where ragged
     mask: Tensor  # (D, T or 1, B, K), or the seed
@@ -69,37 +76,39 @@ class Launch:
     def of(
         cls,
         plan: Plan,
-        gates: Tensor,
+        input: Tensor,
         hx: Tensor,
         cx: Tensor,
-        weight_hh: list[Tensor],
-        weight_hr: list[Tensor],
+        directions: list[Direction],
         layout: Layout,
         dropout: RecurrentDropout,
         precision: str,
     ) -> "Launch":
-        D, N, _ = gates.shape
-        B, H, K, T = layout.batch, cx.size(2), hx.size(2), layout.steps
-        ragged, projected = not layout.is_dense, bool(weight_hr)
-        offsets = torch.tensor([*layout.starts, N], device=gates.device) if ragged else gates
-        mask, mask_steps, kind, per_step = gates, 1, "none", dropout.per_step
+        (N, I), (D, B, K), H, T = input.shape, hx.shape, cx.size(2), layout.steps
+        w_ih, w_hh, b_ih, b_hh, w_hr = (_stacked(tensors) for tensors in zip(*directions, strict=True))
+        ragged, projected, bias = not layout.is_dense, w_hr is not None, b_ih is not None
+        assert w_ih is not None and w_hh is not None
+        offsets = torch.tensor([*layout.starts, N], device=input.device) if ragged else input
+        mask, mask_steps, kind, per_step = input, 1, "none", dropout.per_step
         if dropout.mask is not None:
             mask, mask_steps, kind = dropout.mask.contiguous(), dropout.mask.size(1), "given"
             per_step = mask_steps > 1
         elif dropout.seed is not None:
             mask, kind = dropout.seed, "drawn"
         return cls(
-            plan, layout, D, T, B, N, H, K, projected,
-            _stacked(weight_hh), _stacked(weight_hr) if projected else gates,
+            plan, layout, D, T, B, N, H, K, I, projected, bias, input, w_ih, w_hh,
+            input if b_ih is None else b_ih, input if b_hh is None else b_hh, input if w_hr is None else w_hr,
             offsets, mask, mask_steps, (*threshold_and_scale(dropout.p), dropout.stream),
-            _constants(gates.dtype, plan, D, H, K, projected, ragged, kind, per_step, precision),
+            _constants(input.dtype, plan, D, H, K, I, projected, bias, ragged, kind, per_step, precision),
         )  # fmt: skip
 
-    def recurrence(self, gates: Tensor, hx: Tensor, cx: Tensor, save: bool) -> Recurrence:
-        """Room for what forward returns; `gates` are activated in place."""
-        kept = state_dtype(gates.dtype)
-        output = gates.new_empty(self.N, self.D * self.K)
-        c = gates.new_empty((self.D, self.N, self.H) if save else (0,), dtype=kept)
+    def recurrence(self, gates: Tensor | None, hx: Tensor, cx: Tensor, save: bool) -> Recurrence:
+        """Room for what forward returns; `gates` are activated in place, None stands for new ones."""
+        kept = state_dtype(hx.dtype)
+        if gates is None:
+            gates = hx.new_empty((self.D, self.N, 4 * self.H) if save else (0,))
+        output = hx.new_empty(self.N, self.D * self.K)
+        c = hx.new_empty((self.D, self.N, self.H) if save else (0,), dtype=kept)
         return Recurrence(output, torch.empty_like(hx), torch.empty_like(cx), gates, c)
 
     def gradients(self, saved: Recurrence, hx: Tensor, cx: Tensor) -> Gradients:
@@ -116,20 +125,27 @@ def _constants(
     D: int,
     H: int,
     K: int,
+    I: int,
     projected: bool,
+    bias: bool,
     ragged: bool,
     dropout: str,
     per_step: bool,
     precision: str,
 ) -> dict[str, Any]:
     """One dictionary for all launches of a kind: with the dtype it says the types of the other arguments, too."""
-    return {
+    constants = {
         "D": D, "H": H, "K": K, "BLOCK_B": plan.block_b, "BLOCK_H": plan.block_h, "BLOCK_K": plan.block_k,
         "HAS_HR": projected, "RAGGED": ragged, "DROPOUT": dropout, "PER_STEP": per_step,
         "PRECISION": precision, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
     }  # fmt: skip
+    if plan.strategy == "persistent":
+        constants |= {"I": I, "BLOCK_I": 1 << (I - 1).bit_length(), "FUSED": plan.fused, "BIAS": bias}
+    return constants
 
 
-def _stacked(weights: list[Tensor]) -> Tensor:
-    """(D, ·, ·), copied only where there are two directions; where there is one, that axis isn't made."""
-    return torch.stack(weights) if len(weights) > 1 else weights[0].contiguous()
+def _stacked(tensors: tuple[Tensor | None, ...]) -> Tensor | None:
+    """(D, ·, …), copied only where there are two directions; where there is one, that axis isn't made."""
+    if tensors[0] is None:
+        return None
+    return tensors[0].contiguous() if len(tensors) == 1 else torch.stack(tensors)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ Sizes: T steps, B batch, D directions, N rows of all steps (`lstm_triton.recurre
 units, K the size of h (that of the projection where HAS_HR, else H).
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,12 +15,32 @@ from torch import Tensor
 from lstm_triton.kernels.blocks import cast, dot, mask_tile, rows_of_step
 from lstm_triton.kernels.cells import lstm_backward, lstm_forward
 from lstm_triton.kernels.launch import RUN_TIME, Launch, start
-from lstm_triton.recurrence import Gradients, Recurrence
+from lstm_triton.recurrence import Gradients, LayerGradients, Recurrence
+
+
+@triton.jit
+def biases(
+    b_ih_ptr, b_hh_ptr, hs, H: tl.constexpr, BLOCK_H: tl.constexpr, dtype: tl.constexpr, BIAS: tl.constexpr
+):  # fmt: skip
+    """The sums of both biases of the four gates; zeros without."""
+    b_i = tl.zeros((BLOCK_H,), dtype)
+    b_f, b_g, b_o = b_i, b_i, b_i
+    if BIAS:
+        live = hs < H
+        b_i = tl.load(b_ih_ptr + hs, mask=live, other=0.0).to(dtype) + tl.load(b_hh_ptr + hs, mask=live, other=0.0)
+        at = hs + H
+        b_f = tl.load(b_ih_ptr + at, mask=live, other=0.0).to(dtype) + tl.load(b_hh_ptr + at, mask=live, other=0.0)
+        at = hs + 2 * H
+        b_g = tl.load(b_ih_ptr + at, mask=live, other=0.0).to(dtype) + tl.load(b_hh_ptr + at, mask=live, other=0.0)
+        at = hs + 3 * H
+        b_o = tl.load(b_ih_ptr + at, mask=live, other=0.0).to(dtype) + tl.load(b_hh_ptr + at, mask=live, other=0.0)
+    return b_i, b_f, b_g, b_o
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
-    gates_ptr,  # (D, N, 4H) in: input products; out, where SAVE: activated gates
+    gates_ptr,  # (D, N, 4H) in, unless FUSED: input products; out, where SAVE: activated gates
+    x_ptr,  # (N, I) where FUSED
     y_ptr,  # (N, D * K)
     c_ptr,  # (D, N, H) where SAVE
     hx_ptr,  # (D, B, K)
@@ -28,12 +49,16 @@ def forward_kernel(
     cn_ptr,  # (D, B, H)
     w_hh_ptr,  # (D, 4H, K)
     w_hr_ptr,  # (D, K, H) where HAS_HR
+    w_ih_ptr,  # (D, 4H, I) where FUSED
+    b_ih_ptr,  # (D, 4H) where FUSED and BIAS
+    b_hh_ptr,  # (D, 4H) where FUSED and BIAS
     offsets_ptr,  # (T + 1) where RAGGED
     mask_ptr,  # see mask_tile
     T, B, N, mask_steps, threshold, scale, stream,
-    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, I: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_I: tl.constexpr,
     HAS_HR: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
+    FUSED: tl.constexpr, BIAS: tl.constexpr,
     SAVE: tl.constexpr, PRECISION: tl.constexpr, CELL: tl.constexpr,
 ):  # fmt: skip
     d = tl.program_id(1)
@@ -50,6 +75,17 @@ def forward_kernel(
     if HAS_HR:
         hr_mask = (hs < H)[:, None] & (ks < K)[None, :]
         w_r = tl.load(w_hr_ptr + d * K * H + ks[None, :] * H + hs[:, None], mask=hr_mask, other=0.0)
+    if FUSED:
+        xs = tl.arange(0, BLOCK_I)
+        u_mask = (xs < I)[:, None] & (hs < H)[None, :]
+        u_at = w_ih_ptr + d * 4 * H * I + hs[None, :] * I + xs[:, None]  # (I, H)
+        u_i = tl.load(u_at, mask=u_mask, other=0.0)
+        u_f = tl.load(u_at + H * I, mask=u_mask, other=0.0)
+        u_g = tl.load(u_at + 2 * H * I, mask=u_mask, other=0.0)
+        u_o = tl.load(u_at + 3 * H * I, mask=u_mask, other=0.0)
+        b_i, b_f, b_g, b_o = biases(
+            b_ih_ptr + d * 4 * H, b_hh_ptr + d * 4 * H, hs, H, BLOCK_H, c_ptr.dtype.element_ty, BIAS
+        )
     state_h = ((d * B + rows) * K)[:, None] + ks[None, :]
     state_c = ((d * B + rows) * H)[:, None] + hs[None, :]
     mask_h = in_batch[:, None] & (ks < K)[None, :]
@@ -61,10 +97,17 @@ def forward_kernel(
         at, live = rows_of_step(offsets_ptr, t, T, B, rows, RAGGED)
         cell_mask = live[:, None] & (hs < H)[None, :]
         g_at = gates_ptr + ((d.to(tl.int64) * N + at) * 4 * H)[:, None] + hs[None, :]
-        a_i = tl.load(g_at, mask=cell_mask, other=0.0).to(c.dtype)
-        a_f = tl.load(g_at + H, mask=cell_mask, other=0.0).to(c.dtype)
-        a_g = tl.load(g_at + 2 * H, mask=cell_mask, other=0.0).to(c.dtype)
-        a_o = tl.load(g_at + 3 * H, mask=cell_mask, other=0.0).to(c.dtype)
+        if FUSED:
+            x = tl.load(x_ptr + (at * I)[:, None] + xs[None, :], mask=live[:, None] & (xs < I)[None, :], other=0.0)
+            a_i = dot(x, u_i, tl.broadcast_to(b_i[None, :], (BLOCK_B, BLOCK_H)), PRECISION)
+            a_f = dot(x, u_f, tl.broadcast_to(b_f[None, :], (BLOCK_B, BLOCK_H)), PRECISION)
+            a_g = dot(x, u_g, tl.broadcast_to(b_g[None, :], (BLOCK_B, BLOCK_H)), PRECISION)
+            a_o = dot(x, u_o, tl.broadcast_to(b_o[None, :], (BLOCK_B, BLOCK_H)), PRECISION)
+        else:
+            a_i = tl.load(g_at, mask=cell_mask, other=0.0).to(c.dtype)
+            a_f = tl.load(g_at + H, mask=cell_mask, other=0.0).to(c.dtype)
+            a_g = tl.load(g_at + 2 * H, mask=cell_mask, other=0.0).to(c.dtype)
+            a_o = tl.load(g_at + 3 * H, mask=cell_mask, other=0.0).to(c.dtype)
         h_in = h
         if DROPOUT != "none":
             m = mask_tile(
@@ -94,14 +137,14 @@ def forward_kernel(
     tl.store(cn_ptr + state_c, cast(c, cn_ptr.dtype.element_ty), mask=mask_c)
 
 
-def forward(launch: Launch, gates: Tensor, hx: Tensor, cx: Tensor, save: bool) -> Recurrence:
+def forward(launch: Launch, gates: Tensor | None, hx: Tensor, cx: Tensor, save: bool) -> Recurrence:
     """Runs the recurrence over all steps; arguments as of `lstm_triton.eager.forward`."""
     result = launch.recurrence(gates, hx, cx, save)
     grid = (-(-launch.B // launch.plan.block_b), launch.D, 1)
     start(
         forward_kernel, grid, [
-            gates, result.output, result.c, hx, cx, result.hn, result.cn,
-            launch.w_hh, launch.w_hr, launch.offsets, launch.mask,
+            result.gates, launch.x, result.output, result.c, hx, cx, result.hn, result.cn,
+            launch.w_hh, launch.w_hr, launch.w_ih, launch.b_ih, launch.b_hh, launch.offsets, launch.mask,
             launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
         ], launch.constants, SAVE=save, CELL=lstm_forward,
     )  # fmt: skip
@@ -118,20 +161,28 @@ def backward_kernel(
     y_ptr,  # (N, D * K)
     hx_ptr,  # (D, B, K)
     cx_ptr,  # (D, B, H)
-    dgates_ptr,  # (D, N, 4H) out
-    h_prev_ptr,  # (D, N, K) out: the masked h that each step multiplied
+    dgates_ptr,  # (D, N, 4H) out, unless FUSED
+    h_prev_ptr,  # (D, N, K) out, unless FUSED: the masked h that each step multiplied
     dh_ptr,  # (D, N, K) out, where HAS_HR
     dhx_ptr,  # (D, B, K) out
     dcx_ptr,  # (D, B, H) out
     w_hh_ptr,  # (D, 4H, K)
     w_hr_ptr,  # (D, K, H) where HAS_HR
+    x_ptr,  # (N, I) where FUSED
+    w_ih_ptr,  # (D, 4H, I) where FUSED
+    dx_ptr,  # (D, N, I) out, where FUSED and DX
+    dw_ih_ptr,  # (P, D, 4H, I) out, where FUSED and DW, as the two below; P tiles of the batch
+    dw_hh_ptr,  # (P, D, 4H, K)
+    db_ih_ptr,  # (P, D, 4H)
+    db_hh_ptr,  # (P, D, 4H) the same: PyTorch has two biases
     offsets_ptr,  # (T + 1) where RAGGED
     mask_ptr,  # see mask_tile
     T, B, N, mask_steps, threshold, scale, stream,
-    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, I: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_I: tl.constexpr,
     HAS_HR: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
-    PRECISION: tl.constexpr, CELL: tl.constexpr,
+    FUSED: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, CELL: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr,
 ):  # fmt: skip
     d = tl.program_id(1)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -157,6 +208,22 @@ def backward_kernel(
     dc = tl.load(dcn_ptr + state_c, mask=mask_c, other=0.0).to(kept)
     hx = tl.load(hx_ptr + state_h, mask=mask_h, other=0.0)
     cx = tl.load(cx_ptr + state_c, mask=mask_c, other=0.0).to(kept)
+    if FUSED:
+        xs = tl.arange(0, BLOCK_I)
+        u_mask = (hs < H)[:, None] & (xs < I)[None, :]
+        if DX:
+            u_at = w_ih_ptr + d * 4 * H * I + hs[:, None] * I + xs[None, :]  # (H, I)
+            u_i = tl.load(u_at, mask=u_mask, other=0.0)
+            u_f = tl.load(u_at + H * I, mask=u_mask, other=0.0)
+            u_g = tl.load(u_at + 2 * H * I, mask=u_mask, other=0.0)
+            u_o = tl.load(u_at + 3 * H * I, mask=u_mask, other=0.0)
+        if DW:
+            du_i = tl.zeros((BLOCK_H, BLOCK_I), kept)
+            du_f, du_g, du_o = du_i, du_i, du_i
+            dw_i = tl.zeros((BLOCK_H, BLOCK_K), kept)
+            dw_f, dw_g, dw_o = dw_i, dw_i, dw_i
+            db_i = tl.zeros((BLOCK_H,), kept)
+            db_f, db_g, db_o = db_i, db_i, db_i
     for s in range(T):
         t = T - 1 - s if d == 0 else s
         before = t - 1 if d == 0 else t + 1  # the step whose state this one took
@@ -178,7 +245,8 @@ def backward_kernel(
             )  # fmt: skip
             h_prev = cast(h_prev.to(kept) * m, h_prev.dtype)
         h_at = ((plane + at) * K)[:, None] + ks[None, :]
-        tl.store(h_prev_ptr + h_at, h_prev, mask=h_mask)
+        if not FUSED:
+            tl.store(h_prev_ptr + h_at, h_prev, mask=h_mask)
 
         dh_t = dh + tl.load(dy_ptr + (at * D * K + d * K)[:, None] + ks[None, :], mask=h_mask, other=0.0).to(kept)
         if HAS_HR:
@@ -197,10 +265,34 @@ def backward_kernel(
         da_f = cast(da_f, operand)
         da_g = cast(da_g, operand)
         da_o = cast(da_o, operand)
-        tl.store(dgates_ptr + g_at, da_i, mask=cell_mask)
-        tl.store(dgates_ptr + g_at + H, da_f, mask=cell_mask)
-        tl.store(dgates_ptr + g_at + 2 * H, da_g, mask=cell_mask)
-        tl.store(dgates_ptr + g_at + 3 * H, da_o, mask=cell_mask)
+        if FUSED:
+            x_at = (at * I)[:, None] + xs[None, :]
+            x_mask = live[:, None] & (xs < I)[None, :]
+            if DW:
+                x = tl.load(x_ptr + x_at, mask=x_mask, other=0.0)
+                du_i = dot(tl.trans(da_i), x, du_i, PRECISION)
+                du_f = dot(tl.trans(da_f), x, du_f, PRECISION)
+                du_g = dot(tl.trans(da_g), x, du_g, PRECISION)
+                du_o = dot(tl.trans(da_o), x, du_o, PRECISION)
+                dw_i = dot(tl.trans(da_i), h_prev, dw_i, PRECISION)
+                dw_f = dot(tl.trans(da_f), h_prev, dw_f, PRECISION)
+                dw_g = dot(tl.trans(da_g), h_prev, dw_g, PRECISION)
+                dw_o = dot(tl.trans(da_o), h_prev, dw_o, PRECISION)
+                db_i += tl.sum(da_i.to(kept), 0)
+                db_f += tl.sum(da_f.to(kept), 0)
+                db_g += tl.sum(da_g.to(kept), 0)
+                db_o += tl.sum(da_o.to(kept), 0)
+            if DX:
+                dx = dot(da_i, u_i, tl.zeros((BLOCK_B, BLOCK_I), kept), PRECISION)
+                dx = dot(da_f, u_f, dx, PRECISION)
+                dx = dot(da_g, u_g, dx, PRECISION)
+                dx = dot(da_o, u_o, dx, PRECISION)
+                tl.store(dx_ptr + (plane * I + x_at), cast(dx, operand), mask=x_mask)
+        else:
+            tl.store(dgates_ptr + g_at, da_i, mask=cell_mask)
+            tl.store(dgates_ptr + g_at + H, da_f, mask=cell_mask)
+            tl.store(dgates_ptr + g_at + 2 * H, da_g, mask=cell_mask)
+            tl.store(dgates_ptr + g_at + 3 * H, da_o, mask=cell_mask)
         dh_prev = dot(da_i, w_i, tl.zeros((BLOCK_B, BLOCK_K), kept), PRECISION)
         dh_prev = dot(da_f, w_f, dh_prev, PRECISION)
         dh_prev = dot(da_g, w_g, dh_prev, PRECISION)
@@ -211,6 +303,28 @@ def backward_kernel(
         dc = tl.where(live[:, None], dc_prev, dc)
     tl.store(dhx_ptr + state_h, cast(dh, dhx_ptr.dtype.element_ty), mask=mask_h)
     tl.store(dcx_ptr + state_c, cast(dc, dcx_ptr.dtype.element_ty), mask=mask_c)
+    if FUSED and DW:
+        first = (tl.program_id(0) * tl.num_programs(1) + d) * 4 * H
+        du_at = dw_ih_ptr + (first + hs)[:, None] * I + xs[None, :]
+        tl.store(du_at, du_i, mask=u_mask)
+        tl.store(du_at + H * I, du_f, mask=u_mask)
+        tl.store(du_at + 2 * H * I, du_g, mask=u_mask)
+        tl.store(du_at + 3 * H * I, du_o, mask=u_mask)
+        dw_at = dw_hh_ptr + (first + hs)[:, None] * K + ks[None, :]
+        tl.store(dw_at, dw_i, mask=weight_mask)
+        tl.store(dw_at + H * K, dw_f, mask=weight_mask)
+        tl.store(dw_at + 2 * H * K, dw_g, mask=weight_mask)
+        tl.store(dw_at + 3 * H * K, dw_o, mask=weight_mask)
+        b_mask = hs < H
+        b_at = first + hs
+        tl.store(db_ih_ptr + b_at, db_i, mask=b_mask)
+        tl.store(db_ih_ptr + b_at + H, db_f, mask=b_mask)
+        tl.store(db_ih_ptr + b_at + 2 * H, db_g, mask=b_mask)
+        tl.store(db_ih_ptr + b_at + 3 * H, db_o, mask=b_mask)
+        tl.store(db_hh_ptr + b_at, db_i, mask=b_mask)
+        tl.store(db_hh_ptr + b_at + H, db_f, mask=b_mask)
+        tl.store(db_hh_ptr + b_at + 2 * H, db_g, mask=b_mask)
+        tl.store(db_hh_ptr + b_at + 3 * H, db_o, mask=b_mask)
 
 
 def backward(
@@ -218,13 +332,59 @@ def backward(
 ) -> Gradients:
     """The gradients of `forward`, from those of its outputs."""
     found = launch.gradients(saved, hx, cx)
+    _start_backward(launch, doutput, dhn, dcn, saved, hx, cx, found, [hx] * 5, False, False)
+    return found
+
+
+def fused_backward(
+    launch: Launch,
+    doutput: Tensor,
+    dhn: Tensor,
+    dcn: Tensor,
+    saved: Recurrence,
+    hx: Tensor,
+    cx: Tensor,
+    input_wanted: bool,
+    weights_wanted: bool,
+) -> LayerGradients:
+    """The gradients of the whole layer, from those of `forward`'s outputs."""
+    D, G, I, K = launch.D, 4 * launch.H, launch.I, launch.K
+    tiles = -(-launch.B // launch.plan.block_b)
+    found = Gradients(hx, torch.empty_like(hx), torch.empty_like(cx), hx, hx)
+    shapes = ((G, I), (G, K), (G,), (G,)) if weights_wanted else ((0,),) * 4
+    # Each tile of the batch adds up its own; where there is but one, these are the gradients themselves.
+    single = tiles == D == 1
+    dx = hx.new_empty((launch.N, I) if D == 1 else (D, launch.N, I)) if input_wanted else hx.new_empty(0)
+    dw = [hx.new_empty(shape if single else (tiles, D, *shape)) for shape in shapes]
+    _start_backward(launch, doutput, dhn, dcn, saved, hx, cx, found, [dx, *dw], input_wanted, weights_wanted)
+    if input_wanted and D > 1:
+        dx = dx[0].add_(dx[1])
+    each = dw if launch.bias else dw[:2]
+    if not single:
+        sums = [x.sum(0) if weights_wanted else x.new_empty(D, 0) for x in each]
+        each = [x[d] for d in range(D) for x in sums]
+    return LayerGradients(dx, found.dhx, found.dcx, each)
+
+
+def _start_backward(
+    launch: Launch,
+    doutput: Tensor,
+    dhn: Tensor,
+    dcn: Tensor,
+    saved: Recurrence,
+    hx: Tensor,
+    cx: Tensor,
+    found: Gradients,
+    fused: list[Tensor],
+    dx: bool,
+    dw: bool,
+) -> None:
     grid = (-(-launch.B // launch.plan.block_b), launch.D, 1)
     start(
         backward_kernel, grid, [
             doutput, dhn, dcn, saved.gates, saved.c, saved.output, hx, cx,
             found.dgates, found.h_prev, found.dh, found.dhx, found.dcx,
-            launch.w_hh, launch.w_hr, launch.offsets, launch.mask,
+            launch.w_hh, launch.w_hr, launch.x, launch.w_ih, *fused, launch.offsets, launch.mask,
             launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
-        ], launch.constants, CELL=lstm_backward,
+        ], launch.constants, CELL=lstm_backward, DX=dx, DW=dw,
     )  # fmt: skip
-    return found

@@ -5,6 +5,7 @@
 
 import importlib.util
 import os
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +46,7 @@ def auto(input: Tensor, packed: bool, drops: bool, records: bool) -> str:
     return "torch"
 
 
+@cache
 def has_triton() -> bool:
     """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None

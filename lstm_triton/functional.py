@@ -202,9 +202,10 @@ def check_options(options: Options) -> None:
 
 def check_devices(input: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor]) -> None:
     """Raises where tensors lie on several devices, as PyTorch's operator does."""
+    device = input.device
     for name, tensors in (("hx", hx), ("weights", weights)):
         for x in tensors:
-            if x.device != input.device:
+            if x.device != device:
                 raise RuntimeError(
                     f"input, hx and weights should be on one device: input is on {input.device}, "
                     f"found {name} on {x.device}"

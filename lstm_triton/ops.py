@@ -14,8 +14,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lstm_triton import eager, plan, reference
-from lstm_triton.recurrence import Gradients, Layout, Recurrence, RecurrentDropout, rnn_precision, state_dtype
-from lstm_triton.reference import by_direction
+from lstm_triton.recurrence import (
+    Gradients,
+    LayerGradients,
+    Layout,
+    Recurrence,
+    RecurrentDropout,
+    rnn_precision,
+    state_dtype,
+)  # fmt: skip
+from lstm_triton.reference import Direction, by_direction
 
 _HALF = (torch.float16, torch.bfloat16)
 _NOTHING = nullcontext()
@@ -77,24 +85,31 @@ def forward(
         input, hx, cx, *weights = (x.float() for x in (input, hx, cx, *weights))
     layout = Layout.of(input.size(0), hx.size(1), batch_sizes)
     directions = by_direction(weights, bias, hx.size(2) != cx.size(2))
-    gates = input.new_empty(len(directions), input.size(0), 4 * cx.size(2))
     with gemms_as_rnn(input):
-        for out, (w_ih, _, b_ih, b_hh, _) in zip(gates, directions, strict=True):
-            if b_ih is None or b_hh is None:
-                torch.mm(input, w_ih.t(), out=out)
-            else:
-                torch.addmm(b_ih + b_hh, input, w_ih.t(), out=out)
         if backend == "eager":
-            result = eager.forward(gates, hx, cx, *_recurrent(directions), layout, mask)
+            result = eager.forward(_input_product(input, directions), hx, cx, *_recurrent(directions), layout, mask)
         else:
-            result = plan.forward(gates, hx, cx, *_recurrent(directions), layout, dropout, save)
+            chosen = plan.of(input, hx, cx)
+            products = None if chosen.fused else _input_product(input, directions)
+            result = plan.forward(chosen, input, products, hx, cx, directions, layout, dropout, save)
     gates, c = (result.gates, result.c) if save else (result.gates.new_empty(0), result.c.new_empty(0))
     if result.output.dtype == dtype:
         return result.output, result.hn, result.cn, gates, c
     return result.output.to(dtype), result.hn.to(dtype), result.cn.to(dtype), gates, c
 
 
-def _recurrent(directions: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
+def _input_product(input: Tensor, directions: list[Direction]) -> Tensor:
+    """(D, N, 4H): the input times weight_ih, with both biases."""
+    gates = input.new_empty(len(directions), input.size(0), directions[0][0].size(0))
+    for out, (w_ih, _, b_ih, b_hh, _) in zip(gates, directions, strict=True):
+        if b_ih is None or b_hh is None:
+            torch.mm(input, w_ih.t(), out=out)
+        else:
+            torch.addmm(b_ih + b_hh, input, w_ih.t(), out=out)
+    return gates
+
+
+def _recurrent(directions: list[Direction]) -> tuple[list[Tensor], list[Tensor]]:
     """weight_hh and (empty without projections) weight_hr of each direction."""
     return [d[1] for d in directions], [d[4] for d in directions if d[4] is not None]
 
@@ -155,7 +170,12 @@ def backward(
         if backend == "eager":
             found = eager.backward(doutput, dhn, dcn, saved, hx, cx, *_recurrent(directions), layout, mask)
         else:
-            found = plan.backward(doutput, dhn, dcn, saved, hx, cx, *_recurrent(directions), layout, dropout)
+            wanted = input_wanted, weights_wanted
+            chosen = plan.of(input, hx, cx)
+            whole = plan.backward(chosen, doutput, dhn, dcn, saved, input, hx, cx, directions, layout, dropout, wanted)
+            if isinstance(whole, LayerGradients):
+                return [whole.dinput, whole.dhx, whole.dcx, *whole.dweights]
+            found = whole
         dinput = torch.empty_like(input) if input_wanted else input.new_empty(0)
         if input_wanted:
             for d, (w_ih, *_) in enumerate(directions):
@@ -196,10 +216,13 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, batch_sizes, hx, cx, weights, bias, mask, seed, *ctx.options, _ = inputs
+    ctx.mark_non_differentiable(*output[3:])
+    _save(ctx, inputs, output)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, batch_sizes, hx, cx, weights, ctx.bias, mask, seed, *ctx.options, _ = inputs
     y, _, _, gates, c = output
-    ctx.bias = bias
-    ctx.mark_non_differentiable(gates, c)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(input, batch_sizes, hx, cx, mask, seed, y, gates, c, *weights)
 
@@ -211,7 +234,7 @@ def _gradients(run: Callable[..., list[Tensor]], ctx: Any, dy: Any, dhn: Any, dc
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
     dhn = torch.zeros_like(hx) if dhn is None else dhn.contiguous()
     dcn = torch.zeros_like(cx) if dcn is None else dcn.contiguous()
-    input_wanted, weights_wanted = ctx.needs_input_grad[0], any(w.requires_grad for w in weights)
+    input_wanted, weights_wanted = ctx.needs_input_grad[0], any([w.requires_grad for w in weights])
     if torch.is_grad_enabled():  # a graph of this backward is wanted: take the plainly written layer's
         steps = Layout.of(input.size(0), hx.size(1), batch_sizes).steps
         mask = RecurrentDropout(mask, seed, p, per_step, stream).drawn(steps, hx)
@@ -251,8 +274,8 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         inputs = _packed(arguments)
         outputs = forward(*inputs)
-        _setup_context(ctx, inputs, outputs)
-        return outputs
+        _save(ctx, inputs, outputs)
+        return outputs[:3]  # what only backward wants is no output here
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lstm_triton.dropout import PER_CALL
-from lstm_triton.recurrence import Gradients, Layout, Recurrence, RecurrentDropout, rnn_precision
+from lstm_triton.recurrence import Gradients, LayerGradients, Layout, Recurrence, RecurrentDropout, rnn_precision
+from lstm_triton.reference import Direction
 
 STRATEGIES = ("persistent", "step")
 
@@ -23,6 +24,8 @@ SHARED_BYTES = 163 * 1024
 
 # Rows of the batch that a program on a CPU has at most.
 CPU_ROWS = 32
+# Weights of a layer that are few enough for their gradients to be added up in each step.
+FUSED_WEIGHTS = 32 * 1024
 
 _forced: str | None = None
 _NOTHING = nullcontext()
@@ -38,6 +41,7 @@ class Plan:
     block_k: int  # of the product's inner dimension at a time
     num_warps: int
     num_stages: int = 1
+    fused: bool = False  # whether the products with the input and the weights' gradients are in the kernel, too
 
 
 @contextmanager
@@ -60,9 +64,8 @@ def choose(
     dtype: torch.dtype,
     shared_bytes: int = SHARED_BYTES,
     interpreted: bool = False,
-    threads: int = 0,
 ) -> Plan:
-    """The plan for a layer.
+    """The plan for a layer on a GPU, or in Triton's interpreter.
 
     Args:
         batch: B.
@@ -71,10 +74,7 @@ def choose(
         dtype: of input and weights.
         shared_bytes: shared memory that a program can have.
         interpreted: whether the kernels run in Triton's interpreter, which is fastest with few programs.
-        threads: how many threads run the kernels natively on a CPU; 0 for a GPU.
     """
-    if threads:
-        return _choose_on_cpu(batch, hidden, size, threads, _forced)
     block_h, block_k = tile(hidden), tile(size)
     # tl.dot takes 16 rows or more; more programs with few rows each hide latency better.
     block_b = min(tile(batch), 64) if interpreted else 16
@@ -88,13 +88,15 @@ def choose(
 
 
 @lru_cache(maxsize=256)
-def _choose_on_cpu(batch: int, hidden: int, size: int, threads: int, forced: str | None) -> Plan:
+def _choose_on_cpu(batch: int, features: int, hidden: int, size: int, threads: int, forced: str | None) -> Plan:
+    """The same for the native kernels on a CPU, with as many `features` of the input."""
     # A program a thread, for weights are then read least; no more rows than leave the states in the cache.
     block_b = min(_power(-(-batch // threads)), CPU_ROWS)
     block_h, block_k = max(PER_CALL, _power(hidden)), max(PER_CALL, _power(size))
     if forced == "step":
         return Plan("step", block_b, min(block_h, 32), min(block_k, 64), 1)
-    return Plan("persistent", block_b, block_h, block_k, 1)
+    weights = 4 * block_h * (block_k + _power(features))
+    return Plan("persistent", block_b, block_h, block_k, 1, fused=size == hidden and weights <= FUSED_WEIGHTS)
 
 
 @cache
@@ -117,64 +119,69 @@ def _device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device_of(x) if x.is_cuda else _NOTHING
 
 
-def _prepared(
-    gates: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    weight_hh: list[Tensor],
-    weight_hr: list[Tensor],
-    layout: Layout,
-    dropout: RecurrentDropout,
-) -> tuple[Any, Any]:
-    """The strategy's module of launchers, and the `Launch` that they take."""
-    kernels = _kernels()
-    shared = SHARED_BYTES
-    if gates.is_cuda:
-        properties = torch.cuda.get_device_properties(gates.device)
+def of(input: Tensor, hx: Tensor, cx: Tensor) -> Plan:
+    """The plan for a layer's call: input (N, I), hx (D, B, K), cx (D, B, H)."""
+    interpreted, shared = _kernels().INTERPRETED, SHARED_BYTES
+    if input.is_cuda:
+        properties = torch.cuda.get_device_properties(input.device)
         shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-    chosen = choose(
-        layout.batch,
-        cx.size(2),
-        hx.size(2),
-        gates.dtype,
-        shared,
-        kernels.INTERPRETED,
-        torch.get_num_threads() if not gates.is_cuda and not kernels.INTERPRETED else 0,
-    )
-    precision = rnn_precision(gates.device)
-    launch = kernels.Launch.of(chosen, gates, hx, cx, weight_hh, weight_hr, layout, dropout, precision)
-    return kernels.STRATEGIES[chosen.strategy], launch
+    elif not interpreted:
+        batch, size, hidden = hx.size(1), hx.size(2), cx.size(2)
+        return _choose_on_cpu(batch, input.size(1), hidden, size, torch.get_num_threads(), _forced)
+    return choose(hx.size(1), cx.size(2), hx.size(2), input.dtype, shared, interpreted)
 
 
 def forward(
-    gates: Tensor,
+    plan: Plan,
+    input: Tensor,
+    gates: Tensor | None,
     hx: Tensor,
     cx: Tensor,
-    weight_hh: list[Tensor],
-    weight_hr: list[Tensor],
+    directions: list[Direction],
     layout: Layout,
     dropout: RecurrentDropout,
     save: bool,
 ) -> Recurrence:
-    """`lstm_triton.eager.forward` by Triton kernels."""
-    strategy, launch = _prepared(gates, hx, cx, weight_hh, weight_hr, layout, dropout)
-    with _device_of(gates):
-        return strategy.forward(launch, gates, hx.contiguous(), cx.contiguous(), save)
+    """`lstm_triton.eager.forward` by Triton kernels; `gates` None where the plan is fused."""
+    launch = _launch(plan, input, hx, cx, directions, layout, dropout)
+    with _device_of(input):
+        return _kernels().STRATEGIES[plan.strategy].forward(launch, gates, hx.contiguous(), cx.contiguous(), save)
 
 
 def backward(
+    plan: Plan,
     doutput: Tensor,
     dhn: Tensor,
     dcn: Tensor,
     saved: Recurrence,
+    input: Tensor,
     hx: Tensor,
     cx: Tensor,
-    weight_hh: list[Tensor],
-    weight_hr: list[Tensor],
+    directions: list[Direction],
     layout: Layout,
     dropout: RecurrentDropout,
-) -> Gradients:
-    """`lstm_triton.eager.backward` by Triton kernels."""
-    strategy, launch = _prepared(saved.gates, hx, cx, weight_hh, weight_hr, layout, dropout)
-    with _device_of(hx):
-        return strategy.backward(launch, doutput, dhn, dcn, saved, hx.contiguous(), cx.contiguous())
+    wanted: tuple[bool, bool],
+) -> Gradients | LayerGradients:
+    """`lstm_triton.eager.backward` by Triton kernels; where the plan is fused, all of the layer's.
+
+    `wanted`: whether the gradients of the input and those of the weights are.
+    """
+    launch = _launch(plan, input, hx, cx, directions, layout, dropout)
+    strategy, states = _kernels().STRATEGIES[plan.strategy], (hx.contiguous(), cx.contiguous())
+    with _device_of(input):
+        if plan.fused:
+            return strategy.fused_backward(launch, doutput, dhn, dcn, saved, *states, *wanted)
+        return strategy.backward(launch, doutput, dhn, dcn, saved, *states)
+
+
+def _launch(
+    plan: Plan,
+    input: Tensor,
+    hx: Tensor,
+    cx: Tensor,
+    directions: list[Direction],
+    layout: Layout,
+    dropout: RecurrentDropout,
+) -> Any:
+    precision = rnn_precision(input.device)
+    return _kernels().Launch.of(plan, input, hx, cx, directions, layout, dropout, precision)

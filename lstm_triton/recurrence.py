@@ -130,6 +130,15 @@ class Gradients(NamedTuple):
     dh: Tensor  # (D, N, K) with respect to each step's h; empty without projections
 
 
+class LayerGradients(NamedTuple):
+    """What backward returns where it goes through the weights and the input product, too."""
+
+    dinput: Tensor  # (N, I); empty where it isn't wanted
+    dhx: Tensor  # (D, B, K)
+    dcx: Tensor  # (D, B, H)
+    dweights: list[Tensor]  # one for each of a layer's weights; empty ones where they aren't wanted
+
+
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums and cell states are kept in: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from lstm_triton.recurrence import Layout
 
+# The weights of a direction: w_ih, w_hh, b_ih, b_hh, w_hr.
+Direction = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
 
 def layer(
     input: Tensor,
@@ -57,9 +60,7 @@ def layer(
     return torch.cat(outputs, 1), torch.stack(hn), torch.stack(cn)
 
 
-def by_direction(
-    weights: list[Tensor], bias: bool, projected: bool
-) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]]:
+def by_direction(weights: list[Tensor], bias: bool, projected: bool) -> list[Direction]:
     """The flat list of a layer's weights as (w_ih, w_hh, b_ih, b_hh, w_hr) for each direction."""
     each = 2 + 2 * bias + projected
     return [

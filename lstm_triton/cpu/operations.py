@@ -241,6 +241,8 @@ def interval(value: Value, depth: int = 0) -> tuple[int, int] | None:
         return {"true": (1, 1), "false": (0, 0)}.get(literal)
     if op.name == "tt.make_range":
         return op.attributes["start"], op.attributes["end"] - 1
+    if op.name == "arith.extsi" and op.operands[0].type.element == "i1":
+        return None  # true is -1
     operands = [interval(v, depth + 1) for v in op.operands]
     if not operands or operands[0] is None:
         return None
