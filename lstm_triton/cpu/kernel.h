@@ -12,13 +12,14 @@
 
 #define INLINE static inline __attribute__((always_inline, unused))
 
-/* IVDEP before a loop: no iteration needs what another one writes. UNROLL before a loop of constant length: repeat its
+/* IVDEP before a loop: no iteration needs what another one writes (and gcc is not to write out a short loop before it
+ * can vectorise it). UNROLL before a loop of constant length: repeat its
  * body instead, so that what it indexes by the loop's counter can live in registers. */
 #ifdef __clang__
 #define IVDEP _Pragma("clang loop vectorize(assume_safety)")
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define IVDEP _Pragma("GCC ivdep")
+#define IVDEP _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 

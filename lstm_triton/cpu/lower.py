@@ -517,10 +517,10 @@ class Lowering:
             raise Unsupported(f"{op}: the CPU target has no products of {left.type.element} into {element}")
         rows, inner = left.shape
         columns = right.shape[1]
-        transposed = left.op is not None and left.op.name == "tt.trans" and not self.in_memory(left)
-        source = left.op.operands[0] if transposed and left.op else left
+        source = self.left_source(op)
+        transposed = source is not left
         self.flush()
-        self.need([source, right])
+        self.need(self.ready(op))
         a, b = self.buffers[source], self.buffers[right]
         strides = f"1, {rows}" if transposed else f"{inner}, 1"
         if start in self.buffers and _same_block(start, op) and not self._wanted_besides(start, op):
@@ -537,13 +537,35 @@ class Lowering:
         self.line(f"dot_{element}({a.name}, {strides}, {b.name}, {places}, {out.name}, {columns}, {sizes});")
         self.buffers[op.results[0]] = out
 
+    def left_source(self, op: Op) -> Value:
+        """What a product reads its left factor from: a transposed one from what is transposed."""
+        left = op.operands[0]
+        transposed = left.op is not None and left.op.name == "tt.trans" and not self.in_memory(left)
+        return left.op.operands[0] if transposed and left.op else left
+
+    def ahead(self, op: Op) -> Iterator[Op]:
+        """The operation and the products and reductions that come next: what they want is written in common loops."""
+        for other in op.block.ops[op.block.ops.index(op) :]:
+            if other.name in ("tt.dot", "tt.reduce"):
+                yield other
+            elif other.name in _ROOTS:
+                break
+
+    def ready(self, op: Op) -> list[Value]:
+        """What the products and reductions from `op` on read and can be had by now, of one shape after the other."""
+        values = [
+            value
+            for other in self.ahead(op)
+            for value in ((self.left_source(other), other.operands[1]) if other.name == "tt.dot" else other.operands)
+            if _number(value) < op.number
+        ]
+        return sorted(dict.fromkeys(values), key=lambda value: value.shape != values[0].shape)
+
     def begin(self, op: Op) -> None:
         """Writes what a product is added to; also for those after it that are ready, in one loop nest."""
         if op in self.sums:
             return
-        for other in op.block.ops[op.block.ops.index(op) :]:
-            if other.name != "tt.dot" and other.name in _ROOTS:
-                break
+        for other in self.ahead(op):
             if other.name == "tt.dot" and other.results[0].type == op.results[0].type:
                 start = other.operands[2]
                 if other is op or (_number(start) < op.number and not self.in_memory(start) and not _is_zero(start)):
@@ -562,7 +584,7 @@ class Lowering:
             raise Unsupported(f"{op}: the CPU target reduces one tensor at a time")
         source, result, axis = op.operands[0], op.results[0], op.attributes["axis"]
         self.flush()
-        self.need([source])
+        self.need(self.ready(op))
         read, c_type = self.buffers[source], value_type(result.type)
         body = op.regions[0]
 
@@ -596,8 +618,13 @@ class Lowering:
             self.close()
         else:
             *outer, inner = around
-            self.line(" ".join([*outer, "\nIVDEP\n", inner, f"{target} = {first};"]))
-            self.line(" ".join([loop, *outer, "\nIVDEP\n", inner, f"{target} = {combined(target, at)};"]))
+            self.line(" ".join(outer))
+            self.line('_Pragma("omp simd")')  # the outer of the two loops, so that sums are in registers
+            self.open(f"{inner} {{")
+            self.line(f"{c_type} sum = {first};")
+            self.line(f"{loop} sum = {combined('sum', at)};")
+            self.line(f"{target} = sum;")
+            self.close()
         self.buffers[result] = out
 
     def atomic(self, op: Op) -> None:
@@ -684,21 +711,27 @@ class Lowering:
             self.line(f"{name} = {new};")
 
     def assign_in_place(self, pairs: list[tuple[Value, Buffer]]) -> bool:
-        """Within the open nest, where each element depends on no other element of what is overwritten."""
-        shapes = {v.shape for v, _ in pairs} | ({self.nest.shape} if self.nest else set())
-        if len(shapes) > 1 or any(self.buffers[v].panels for v, _ in pairs if v in self.buffers):
+        """Where each element depends on no other element of what is overwritten, nor on what has another shape."""
+        if any(self.buffers[v].panels for v, _ in pairs if v in self.buffers):
             return False
-        shape = shapes.pop()
-        roots = [Root(v, _LAST, into=p, keeps=False) for v, p in pairs]
-        trial = Nest(shape, [*(self.nest.roots if self.nest else []), *roots])
-        trial.unrolled = self.joins(trial)
-        targets = {p for _, p in pairs}
-        indices = set(trial.indices())
-        if any(self.buffers.get(v) in targets and index not in indices for v, index in self.needed(trial)):
-            return False
-        for root in roots:
-            self.add(root)
-        self.flush()
+        if self.nest and self.nest.shape not in [v.shape for v, _ in pairs]:
+            self.flush()
+        groups: dict[tuple[int, ...], list[Root]] = {self.nest.shape: []} if self.nest else {}
+        for value, place in pairs:
+            groups.setdefault(value.shape, []).append(Root(value, _LAST, into=place, keeps=False))
+        targets = {place for _, place in pairs}
+        for shape, roots in groups.items():
+            trial = Nest(shape, [*(self.nest.roots if self.nest and self.nest.shape == shape else []), *roots])
+            trial.unrolled = self.joins(trial)
+            own, indices = {root.into for root in roots}, set(trial.indices())
+            for value, index in self.needed(trial):
+                read = self.buffers.get(value)
+                if read in targets and (read not in own or index not in indices):
+                    return False
+        for roots in groups.values():
+            for root in roots:
+                self.add(root)
+            self.flush()
         return True
 
     def copy(self, target: Buffer, source: Buffer) -> None:
