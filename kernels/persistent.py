@@ -328,15 +328,27 @@ def backward_kernel(
 
 
 def backward(
-    launch: Launch, doutput: Tensor, dhn: Tensor, dcn: Tensor, saved: Recurrence, hx: Tensor, cx: Tensor
-) -> Gradients:
-    """The gradients of `forward`, from those of its outputs."""
+    launch: Launch,
+    doutput: Tensor,
+    dhn: Tensor,
+    dcn: Tensor,
+    saved: Recurrence,
+    hx: Tensor,
+    cx: Tensor,
+    *wanted: bool,
+) -> Gradients | LayerGradients:
+    """The gradients of `forward`, from those of its outputs; where the plan is fused, those of the whole layer.
+
+    `wanted`, where it is: whether the gradients of the input and those of the weights are.
+    """
+    if launch.plan.fused:
+        return _fused_backward(launch, doutput, dhn, dcn, saved, hx, cx, *wanted)
     found = launch.gradients(saved, hx, cx)
     _start_backward(launch, doutput, dhn, dcn, saved, hx, cx, found, [hx] * 5, False, False)
     return found
 
 
-def fused_backward(
+def _fused_backward(
     launch: Launch,
     doutput: Tensor,
     dhn: Tensor,
@@ -347,11 +359,10 @@ def fused_backward(
     input_wanted: bool,
     weights_wanted: bool,
 ) -> LayerGradients:
-    """The gradients of the whole layer, from those of `forward`'s outputs."""
-    D, G, I, K = launch.D, 4 * launch.H, launch.I, launch.K
+        D, G, I, K = launch.D, 4 * launch.H, launch.I, launch.K
     tiles = -(-launch.B // launch.plan.block_b)
     found = Gradients(hx, torch.empty_like(hx), torch.empty_like(cx), hx, hx)
-    shapes = ((G, I), (G, K), (G,), (G,)) if weights_wanted else ((0,),) * 4
+    shapes = ((G, I), (G, K), (G,), (G,)) if weights_wanted else ((0,), (0,), (0,), (0,))
     # Each tile of the batch adds up its own; where there is but one, these are the gradients themselves.
     single = tiles == D == 1
     dx = hx.new_empty((launch.N, I) if D == 1 else (D, launch.N, I)) if input_wanted else hx.new_empty(0)
@@ -361,8 +372,7 @@ def fused_backward(
         dx = dx[0].add_(dx[1])
     each = dw if launch.bias else dw[:2]
     if not single:
-        sums = [x.sum(0) if weights_wanted else x.new_empty(D, 0) for x in each]
-        each = [x[d] for d in range(D) for x in sums]
+        each = [x[:, d].sum(0) for d in range(D) for x in each]
     return LayerGradients(dx, found.dhx, found.dcx, each)
 
 

@@ -136,14 +136,10 @@ def _stack(
     directions = 2 if options.bidirectional else 1
     h0, c0 = (x.contiguous() for x in hx)
     dense = batch_sizes is None
-    if dense:
-        if options.batch_first:
-            input = input.transpose(0, 1)
-        steps, batch = input.shape[:2]
-        x = input.reshape(steps * batch, input.size(2))
-    else:
-        assert batch_sizes is not None
-        steps, x = batch_sizes.size(0), input.contiguous()
+    if dense and options.batch_first:
+        input = input.transpose(0, 1)
+    x = input.contiguous()
+    steps = x.size(0) if batch_sizes is None else batch_sizes.size(0)
     p, per_step = options.recurrent_dropout, options.recurrent_dropout_mode == "step"
     seed = None
     if drops and mask is None:
@@ -168,10 +164,8 @@ def _stack(
         )  # fmt: skip
         hn.append(h)
         cn.append(c)
-    if dense:
-        x = x.view(steps, batch, x.size(1))
-        if options.batch_first:
-            x = x.transpose(0, 1)
+    if dense and options.batch_first:
+        x = x.transpose(0, 1)
     if len(hn) == 1:
         return x, hn[0], cn[0]
     return x, torch.cat(hn), torch.cat(cn)

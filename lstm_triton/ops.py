@@ -4,6 +4,7 @@ The input product of all steps is one GEMM before the recurrence; the gradients 
 biases and input are GEMMs after it. Only the recurrence itself has several ways to run.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -68,7 +69,7 @@ def forward(
     """Runs one layer.
 
     Args:
-        input: (N, I), contiguous; layout as `lstm_triton.recurrence` says.
+        input: (N, I) with the layout that `lstm_triton.recurrence` says, or dense as (T, B, I); contiguous.
         batch_sizes: None for a dense batch, else (T,) on the CPU.
         hx, cx: (D, B, K), (D, B, H).
         weights, bias: as `lstm_triton.reference.layer` takes them.
@@ -77,9 +78,10 @@ def forward(
         save: whether gates and c are kept for backward.
 
     Returns:
-        The fields of `Recurrence`.
+        The fields of `Recurrence`; the output has the leading sizes of the input.
     """
-    dtype = input.dtype
+    dtype, leading = input.dtype, input.shape[:-1]
+    input = _flat(input)
     dropout = RecurrentDropout(mask, seed, p, per_step, stream)
     if backend == "eager" and dtype in _HALF:  # its cell state is then float32 as everywhere
         input, hx, cx, *weights = (x.float() for x in (input, hx, cx, *weights))
@@ -93,9 +95,14 @@ def forward(
             products = None if chosen.fused else _input_product(input, directions)
             result = plan.forward(chosen, input, products, hx, cx, directions, layout, dropout, save)
     gates, c = (result.gates, result.c) if save else (result.gates.new_empty(0), result.c.new_empty(0))
-    if result.output.dtype == dtype:
-        return result.output, result.hn, result.cn, gates, c
-    return result.output.to(dtype), result.hn.to(dtype), result.cn.to(dtype), gates, c
+    output = result.output if len(leading) == 1 else result.output.view(*leading, -1)
+    if output.dtype == dtype:
+        return output, result.hn, result.cn, gates, c
+    return output.to(dtype), result.hn.to(dtype), result.cn.to(dtype), gates, c
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.view(-1, x.size(-1))
 
 
 def _input_product(input: Tensor, directions: list[Direction]) -> Tensor:
@@ -119,11 +126,12 @@ layer = torch.library.custom_op("lstm_triton::layer", forward, mutates_args=())
 
 @layer.register_fake
 def _(input, batch_sizes, hx, cx, weights, bias, mask, seed, p, per_step, stream, backend, save):
-    total, (directions, batch, size), hidden = input.size(0), hx.shape, cx.size(2)
+    leading, (directions, batch, size), hidden = input.shape[:-1], hx.shape, cx.size(2)
+    total = math.prod(leading)
     kept = state_dtype(input.dtype)
     gates = (directions, total, 4 * hidden) if save else (0,)
     return (
-        input.new_empty(total, directions * size),
+        input.new_empty(*leading, directions * size),
         input.new_empty(directions, batch, size),
         input.new_empty(directions, batch, hidden),
         input.new_empty(gates, dtype=kept if backend == "eager" else input.dtype),
@@ -157,7 +165,8 @@ def backward(
 
     Those of the input and of the weights are empty where they aren't wanted.
     """
-    dtype = input.dtype
+    dtype, shape = input.dtype, input.shape
+    input, output, doutput = _flat(input), _flat(output), _flat(doutput)
     dropout = RecurrentDropout(mask, seed, p, per_step, stream)
     if backend == "eager" and dtype in _HALF:
         doutput, dhn, dcn, input, hx, cx, output, *weights = (
@@ -174,14 +183,15 @@ def backward(
             chosen = plan.of(input, hx, cx)
             whole = plan.backward(chosen, doutput, dhn, dcn, saved, input, hx, cx, directions, layout, dropout, wanted)
             if isinstance(whole, LayerGradients):
-                return [whole.dinput, whole.dhx, whole.dcx, *whole.dweights]
+                dinput = whole.dinput.view(shape) if input_wanted else whole.dinput
+                return [dinput, whole.dhx, whole.dcx, *whole.dweights]
             found = whole
         dinput = torch.empty_like(input) if input_wanted else input.new_empty(0)
         if input_wanted:
             for d, (w_ih, *_) in enumerate(directions):
                 torch.addmm(dinput, found.dgates[d], w_ih, beta=int(d > 0), out=dinput)
         dweights = _weight_gradients(found, saved, input, bias) if weights_wanted else [w.new_empty(0) for w in weights]
-    gradients = [dinput, found.dhx, found.dcx, *dweights]
+    gradients = [dinput.view(shape) if input_wanted else dinput, found.dhx, found.dcx, *dweights]
     return [x if x.dtype == dtype else x.to(dtype) for x in gradients]
 
 
@@ -236,11 +246,12 @@ def _gradients(run: Callable[..., list[Tensor]], ctx: Any, dy: Any, dhn: Any, dc
     dcn = torch.zeros_like(cx) if dcn is None else dcn.contiguous()
     input_wanted, weights_wanted = ctx.needs_input_grad[0], any([w.requires_grad for w in weights])
     if torch.is_grad_enabled():  # a graph of this backward is wanted: take the plainly written layer's
-        steps = Layout.of(input.size(0), hx.size(1), batch_sizes).steps
+        steps = Layout.of(_flat(input).size(0), hx.size(1), batch_sizes).steps
         mask = RecurrentDropout(mask, seed, p, per_step, stream).drawn(steps, hx)
 
         def rerun(input: Tensor, hx: Tensor, cx: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-            return reference.layer(input, hx, cx, list(weights), ctx.bias, batch_sizes, mask)
+            output, hn, cn = reference.layer(_flat(input), hx, cx, list(weights), ctx.bias, batch_sizes, mask)
+            return output.view(y.shape), hn, cn
 
         gradients: Sequence[Tensor | None] = reference.differentiable_vjp(
             rerun, [input, hx, cx, *weights], [dy, dhn, dcn]

@@ -169,9 +169,7 @@ def backward(
     launch = _launch(plan, input, hx, cx, directions, layout, dropout)
     strategy, states = _kernels().STRATEGIES[plan.strategy], (hx.contiguous(), cx.contiguous())
     with _device_of(input):
-        if plan.fused:
-            return strategy.fused_backward(launch, doutput, dhn, dcn, saved, *states, *wanted)
-        return strategy.backward(launch, doutput, dhn, dcn, saved, *states)
+        return strategy.backward(launch, doutput, dhn, dcn, saved, *states, *(wanted if plan.fused else ()))
 
 
 def _launch(
