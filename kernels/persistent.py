@@ -359,7 +359,7 @@ def _fused_backward(
     input_wanted: bool,
     weights_wanted: bool,
 ) -> LayerGradients:
-        D, G, I, K = launch.D, 4 * launch.H, launch.I, launch.K
+    D, G, I, K = launch.D, 4 * launch.H, launch.I, launch.K
     tiles = -(-launch.B // launch.plan.block_b)
     found = Gradients(hx, torch.empty_like(hx), torch.empty_like(cx), hx, hx)
     shapes = ((G, I), (G, K), (G,), (G,)) if weights_wanted else ((0,), (0,), (0,), (0,))
