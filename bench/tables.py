@@ -7,7 +7,7 @@ from bench.measure import GROUPS
 from bench.providers import REFERENCE
 from bench.results import Record, Results
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "device": "device",
     "driver": "driver",
     "cpu": "CPU",
@@ -72,7 +72,7 @@ def markdown(results: Results, plots: Sequence[tuple[str, str]]) -> str:
         "Drawn from `benchmarks.json` by `python -m bench.report`; all numbers are there and in `benchmarks.csv`. "
         "In a shape, B is the batch, T the time steps, H the hidden size (and the input's), L the layers, "
         "D the directions. Times are medians.",
-        table(("", ""), [(name, environment[key]) for key, name in _ENVIRONMENT.items() if environment.get(key)], 2),
+        table(("", ""), [(name, environment[key]) for key, name in ENVIRONMENT.items() if environment.get(key)], 2),
     ]
     parts += [f"![{text}]({name})" for name, text in plots]
     for group in GROUPS:

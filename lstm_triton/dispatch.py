@@ -5,14 +5,15 @@
 
 import importlib.util
 import os
+import warnings
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import _VF, Tensor
 
-from lstm_triton import reference
-from lstm_triton.cpu import build
+from lstm_triton import plan, reference
+from lstm_triton.cpu import build, runtime
 
 if TYPE_CHECKING:
     from lstm_triton.functional import Options
@@ -20,30 +21,63 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "triton", "eager", "torch")
 
 
-# Rows of a packed batch from which on the backward by hand pays on a CPU (bench/test_auto.py): 0.7 to 0.8 of the
-# time of PyTorch's operator at 450 rows, 0.2 to 0.5 at 4,300. With few rows its overhead a step is the larger one.
+# Rows of a packed batch from which on the backward by hand pays on a CPU without native kernels (bench/test_auto.py):
+# 0.7 to 0.8 of the time of PyTorch's operator at 450 rows, 0.2 to 0.5 at 4,300.
 PACKED_ROWS = 256
 
 
-def auto(input: Tensor, packed: bool, drops: bool, records: bool) -> str:
+def auto(
+    input: Tensor, hx: tuple[Tensor, Tensor], packed: bool, drops: bool, records: bool, directions: int, deep: bool
+) -> str:
     """The backend that "auto" stands for.
 
     PyTorch's operator wherever it does the job and none of ours is known to be faster. Ours where
 
     - recurrent dropout is active: PyTorch has none;
     - `torch.compile` traces: PyTorch's operator would be unrolled over the time steps, ours stays one;
-    - on a CPU a packed batch is trained on: PyTorch's operator has autograd nodes for each step there.
+    - on a CPU the native kernels are faster (`plan.pays_on_cpu`);
+    - on a CPU without those a packed batch is trained on: PyTorch's operator has autograd nodes for each step there.
 
     Args:
         input: that of the call.
+        hx: its states h (·, B, K) and c (·, B, H).
         packed: whether it is a packed batch.
         drops: whether recurrent dropout is active.
         records: whether a backward may follow.
+        directions: D.
+        deep: whether there are several layers.
     """
-    on_cpu = input.device.type == "cpu"
-    if drops or torch.compiler.is_compiling() or (packed and records and on_cpu and input.size(0) >= PACKED_ROWS):
-        return "triton" if input.is_cuda and has_triton() else "eager"
+    compiling = torch.compiler.is_compiling()
+    if input.is_cuda:
+        return "triton" if (drops or compiling) and has_triton() else "eager" if drops or compiling else "torch"
+    if input.device.type == "cpu" and not compiling and has_native():
+        (_, batch, size), hidden = hx[0].shape, hx[1].size(2)
+        features = max(input.size(-1), directions * size) if deep else input.size(-1)
+        fast = input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        sizes = batch, features, hidden, size, directions, torch.get_num_threads()
+        if drops or (fast and plan.pays_on_cpu(*sizes, packed and records)):
+            return "triton"
+    if drops or compiling or (packed and records and input.device.type == "cpu" and input.size(0) >= PACKED_ROWS):
+        return "eager"
     return "torch"
+
+
+@cache
+def has_native() -> bool:
+    """Whether kernels can run natively on the CPU: Triton is installed, not interpreting, and a C compiler works."""
+    if not has_triton() or interpreting() or not build.has_compiler():
+        return False
+    try:
+        runtime.load()
+    except (OSError, RuntimeError) as error:
+        warnings.warn(f"backend='auto' goes on without native kernels: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is asked for."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @cache
@@ -59,7 +93,7 @@ def check_triton(device: torch.device) -> None:
             "backend='triton' needs the package triton, which is not installed; "
             "install it (pip install triton, Linux only) or use backend='eager' or 'torch'"
         )
-    if device.type == "cpu" and not torch.compiler.is_compiling() and os.environ.get("TRITON_INTERPRET", "0") != "1":
+    if device.type == "cpu" and not torch.compiler.is_compiling() and not interpreting():
         build.compiler()  # says what to install
 
 

@@ -100,7 +100,8 @@ def run(
     if backend == "auto":
         packed = batch_sizes is not None
         records = packed and torch.is_grad_enabled() and (weights[0].requires_grad or input.requires_grad)
-        backend = dispatch.auto(input, packed, drops, records)
+        directions, deep = 1 + options.bidirectional, options.num_layers > 1
+        backend = dispatch.auto(input, hx, packed, drops, records, directions, deep)
     if backend == "torch":
         if drops:
             raise ValueError("backend='torch' has no recurrent dropout; use 'auto', 'eager' or 'triton'")

@@ -23,9 +23,14 @@ PERSISTENT_BYTES = 128 * 1024
 SHARED_BYTES = 163 * 1024
 
 # Rows of the batch that a program on a CPU has at most.
-CPU_ROWS = 32
-# Weights of a layer that are few enough for their gradients to be added up in each step.
-FUSED_WEIGHTS = 32 * 1024
+CPU_ROWS = 64
+# A fused kernel on a CPU goes through all weights, and their gradients, in each step: where there are more than the
+# first number of them, it wants so many rows for each time, and never pays beyond the second (bench/cpu.py).
+FUSED_WEIGHTS, FUSED_ROWS, FUSED_MOST_WEIGHTS = 32 * 1024, 8, 1024 * 1024
+# Numbers that the tiles of the batch may add up together, each its own gradients of the weights.
+FUSED_MOST_SUMS = 4 * 1024 * 1024
+# The same for training on packed batches, where PyTorch's operator takes 1.5 to 15 times as long (bench/test_auto.py).
+PACKED_SPARE = 1.7
 
 _forced: str | None = None
 _NOTHING = nullcontext()
@@ -88,15 +93,49 @@ def choose(
 
 
 @lru_cache(maxsize=256)
-def _choose_on_cpu(batch: int, features: int, hidden: int, size: int, threads: int, forced: str | None) -> Plan:
-    """The same for the native kernels on a CPU, with as many `features` of the input."""
-    # A program a thread, for weights are then read least; no more rows than leave the states in the cache.
-    block_b = min(_power(-(-batch // threads)), CPU_ROWS)
+def choose_on_cpu(
+    batch: int, features: int, hidden: int, size: int, directions: int, threads: int, forced: str | None = None
+) -> Plan:
+    """The plan for a layer in native kernels on a CPU.
+
+    Args:
+        batch, hidden, size: as of `choose`.
+        features: I, the size of the input.
+        directions: D.
+        threads: that run the programs, each of which has a direction of some rows of the batch.
+        forced: the strategy to take.
+    """
+
+    def cost(rows: int) -> int:
+        # Of the busiest thread: its rows, those past the batch among them, and something for each program.
+        programs = -(-batch // rows) * directions
+        return -(-programs // threads) * (rows + 2)
+
+    block_b = min((1 << k for k in range(CPU_ROWS.bit_length())), key=lambda rows: (cost(rows), -rows))
     block_h, block_k = max(PER_CALL, _power(hidden)), max(PER_CALL, _power(size))
     if forced == "step":
         return Plan("step", block_b, min(block_h, 32), min(block_k, 64), 1)
-    weights = 4 * block_h * (block_k + _power(features))
-    return Plan("persistent", block_b, block_h, block_k, 1, fused=size == hidden and weights <= FUSED_WEIGHTS)
+    weights, tiles = 4 * block_h * (block_k + _power(features)), -(-batch // block_b)
+    few = weights <= FUSED_WEIGHTS or (weights <= FUSED_MOST_WEIGHTS and block_b >= FUSED_ROWS)
+    fused = size == hidden and few and tiles * weights <= FUSED_MOST_SUMS
+    return Plan("persistent", block_b, block_h, block_k, 1, fused=fused)
+
+
+@lru_cache(maxsize=256)
+def pays_on_cpu(
+    batch: int, features: int, hidden: int, size: int, directions: int, threads: int, packed_training: bool = False
+) -> bool:
+    """Whether native kernels take less time than PyTorch's operator, in float32, forward and backward.
+
+    Measured by `python -m bench.cpu`: where the kernel is fused it is faster, by less the more weights there are.
+    How much faster is how much may be lost to padding, as tiles are powers of two.
+    """
+    plan = choose_on_cpu(batch, features, hidden, size, directions, threads)
+    weights = 4 * plan.block_h * (plan.block_k + _power(features))
+    rows = -(-batch // plan.block_b) * plan.block_b
+    padding = weights * rows / (4 * hidden * (size + features) * batch)
+    spare = 1.3 if weights <= FUSED_WEIGHTS // 4 else 1.15 if weights <= FUSED_WEIGHTS else 1.02
+    return plan.fused and padding <= (PACKED_SPARE if packed_training else spare)
 
 
 @cache
@@ -126,8 +165,9 @@ def of(input: Tensor, hx: Tensor, cx: Tensor) -> Plan:
         properties = torch.cuda.get_device_properties(input.device)
         shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
     elif not interpreted:
-        batch, size, hidden = hx.size(1), hx.size(2), cx.size(2)
-        return _choose_on_cpu(batch, input.size(1), hidden, size, torch.get_num_threads(), _forced)
+        (directions, batch, size), hidden = hx.shape, cx.size(2)
+        threads = torch.get_num_threads()
+        return choose_on_cpu(batch, input.size(1), hidden, size, directions, threads, _forced)
     return choose(hx.size(1), cx.size(2), hx.size(2), input.dtype, shared, interpreted)
 
 

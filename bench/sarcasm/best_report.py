@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from bench.files import write_atomically
 from bench.sarcasm import best, best_text, review
 from bench.sarcasm.data import SYNTHETIC
 from bench.sarcasm.report import (
@@ -21,7 +22,7 @@ from bench.sarcasm.report import (
     spread,
     table,
 )
-from bench.sarcasm.results import read_csv, write_atomically
+from bench.sarcasm.results import read_csv
 
 matplotlib.use("Agg")
 

@@ -11,10 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from bench.files import write_atomically
 from bench.sarcasm import review
 from bench.sarcasm.data import SYNTHETIC
 from bench.sarcasm.published import BATCH
-from bench.sarcasm.results import Row, deviation, read_csv, write_atomically
+from bench.sarcasm.results import Row, deviation, read_csv
 
 matplotlib.use("Agg")
 

@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bench.environment import environment
+from bench.files import replace, write_atomically
 from bench.sarcasm.data import SYNTHETIC, Headlines
-from bench.sarcasm.results import Row, replace, summarize, write_atomically, write_csv
+from bench.sarcasm.results import Row, summarize, write_csv
 from lstm_triton import TritonLSTM
 
 OPTIONS = ("recipe", "backend", "epochs", "data", "data_sha256", "device")

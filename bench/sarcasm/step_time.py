@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.environment import environment
+from bench.files import write_atomically
 from bench.sarcasm import data
-from bench.sarcasm.published import DROPOUT, LEARNING_RATE, Classifier, Corpus, Training
-from bench.sarcasm.results import write_atomically
+from bench.sarcasm.published import DROPOUT, Classifier, Corpus, Training, optimizer
 
 TOLERANCE = 1e-5  # of float32 logits, absolute and relative
 
@@ -80,7 +80,7 @@ def measure(headlines: data.Headlines, batches: int, threads: int, device: torch
     corpus = Corpus(headlines)
     ours, loop = (Training(corpus, 0, "auto", device) for _ in range(2))
     loop.model = LoopClassifier(ours.model).to(device)  # type: ignore[assignment]
-    loop.optimizer = torch.optim.Adam(loop.model.parameters(), lr=LEARNING_RATE)
+    loop.optimizer = optimizer(loop.model)
     order = [corpus.train[k] for k in torch.randperm(len(corpus.train), generator=ours.order).tolist()]
     prepared = [(t.to(device), y.to(device)) for (t, y), _ in zip(corpus.batches(order), range(batches), strict=False)]
     with torch.no_grad():

@@ -30,7 +30,7 @@ class Kernel:
         # Both are converted here, not in each call.
         self.address = ctypes.cast(library.kernel, ctypes.c_void_p)
         self.scratch_bytes = ctypes.c_size_t.in_dll(library, "scratch_bytes")
-        self.launch = _library().lstm_triton_run
+        self.launch = load().lstm_triton_run
 
 
 def run(kernel: Kernel, args: bytes, grid: tuple[int, int, int], cooperative: bool = False) -> None:
@@ -53,7 +53,8 @@ def run(kernel: Kernel, args: bytes, grid: tuple[int, int, int], cooperative: bo
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def load() -> ctypes.CDLL:
+    """The compiled runtime.c; raises what `build.load` does."""
     library = build.load(Path(__file__).with_name("runtime.c").read_text(encoding="utf-8"), "runtime", ["-pthread"])
     # lstm_triton_run has no argtypes: ctypes takes int, bytes and the objects in Kernel as they are, which is faster.
     library.lstm_triton_use_openmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
@@ -69,8 +70,8 @@ def _after_fork() -> None:
     """A child has none of the pool's threads, yet libgomp would wait for them."""
     global _forked
     _forked = True
-    if _library.cache_info().currsize:
-        _library().lstm_triton_use_openmp(None, None)
+    if load.cache_info().currsize:
+        load().lstm_triton_use_openmp(None, None)
 
 
 if hasattr(os, "register_at_fork"):
