@@ -1,13 +1,12 @@
 """What is compared: ways to run one and the same LSTM."""
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.shapes import Shape
-from lstm_triton import TritonLSTM
+from lstm_triton import TritonLSTM, dispatch
 
 REFERENCE = "nn.LSTM"
 LOOP = "loop"
@@ -20,7 +19,7 @@ PROVIDERS = (REFERENCE, *_TRITON_LSTM, LOOP)
 
 def available(device: torch.device) -> list[str]:
     """The providers that run on `device`. Kernels in Triton's interpreter say nothing about speed: never timed."""
-    triton_runs = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    triton_runs = dispatch.has_triton() if device.type == "cuda" else dispatch.has_native()
     return [name for name in PROVIDERS if _TRITON_LSTM.get(name) != "triton" or triton_runs]
 
 

@@ -5,6 +5,11 @@
 #include "kernel.h"
 #include <sched.h>
 
+/* To see what the products take (bench/shares.py): the same kernels without them, whose results mean nothing. */
+#ifdef LSTM_TRITON_WITHOUT_PRODUCTS
+#define dot_f32(...) ((void)0)
+#endif
+
 /* Columns of a panel of a matrix with so many columns, of elements `f32`, `f64`, or a half that is kept as float. */
 #define PANEL_f32 PANEL_F32
 #define PANEL_f16 PANEL_F32
