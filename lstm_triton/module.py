@@ -96,6 +96,14 @@ class TritonLSTM(nn.RNNBase):
             text += f", backend={self.backend!r}"
         return text
 
+    def _update_flat_weights(self) -> None:
+        # As in RNNBase where a weight isn't the parameter that it was; that nothing has changed is seen faster here.
+        parameters = self._parameters
+        for name, weight in zip(self._flat_weights_names, self._flat_weights, strict=False):
+            if parameters.get(name) is not weight:
+                super()._update_flat_weights()
+                return
+
     def forward(  # type: ignore[override]
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
