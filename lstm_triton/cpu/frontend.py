@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import triton
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

@@ -480,27 +480,34 @@ class Lowering:
             head = f"for (int i{last} = 0; i{last} < {nest.shape[last]}; i{last}++) {{"
             if split:
                 head = f"for (int i1 = p1; i1 < p1 + {width}; i1++) {{"
-            # A loop for each case of what is so for a whole row: the compiler vectorises none with such branches in it.
             masks = [n for (v, _), n in names.items() if n in rows and v.type.element == "i1"]
-            masks = [n for n in masks if any(re.search(rf"\b{n}\b", text) for _, text in levels[-1])]
-            if len(masks) > MOST_MASKS:
-                masks = []
-            for case in range(2 ** len(masks)):
-                known = {n: 1 - (case >> k & 1) for k, n in enumerate(masks)}
-                if masks:
-                    self.open("if (" + " && ".join(n if so else f"!{n}" for n, so in known.items()) + ") {")
-                    self.line(" ".join(f"const _Bool known_{n} = {so};" for n, so in known.items()))
-                self.line("IVDEP")
-                self.open(head)
-                for _, text in sorted(levels[-1], key=lambda line: line[0]):
-                    self.line(re.sub(rf"\b({'|'.join(masks)})\b", r"known_\1", text) if masks else text)
-                self.close("}" if not masks else "}}")
-                self.depth -= bool(masks)
+            self.innermost(head, levels[-1], masks)
             for _ in order[:-1]:
                 self.close()
         if split:
             self.close()
         self.close()
+
+    def innermost(self, head: str, body: list[tuple[int, str]], masks: list[str]) -> None:
+        """A nest's innermost loop, once for each case of the `masks` that hold for all of it.
+
+        The compiler vectorises no loop in which such a mask is a branch.
+        """
+        masks = [name for name in masks if any(re.search(rf"\b{name}\b", text) for _, text in body)]
+        if len(masks) > MOST_MASKS:
+            masks = []
+        known = re.compile(rf"\b({'|'.join(masks)})\b") if masks else None
+        for case in range(2 ** len(masks)):
+            so = {name: 1 - (case >> k & 1) for k, name in enumerate(masks)}
+            if known:
+                self.open("if (" + " && ".join(name if so[name] else f"!{name}" for name in masks) + ") {")
+                self.line(" ".join(f"const _Bool known_{name} = {so[name]};" for name in masks))
+            self.line("IVDEP")
+            self.open(head)
+            self.lines([(number, known.sub(r"known_\1", text)) if known else (number, text) for number, text in body])
+            self.close()
+            if known:
+                self.close()
 
     def lines(self, numbered: list[tuple[int, str]]) -> None:
         for _, text in sorted(numbered, key=lambda line: line[0]):
