@@ -9,8 +9,10 @@ RUN = $(VENV)/bin/python -m
 bench: $(READY)
 	$(RUN) pytest bench --benchmark-only
 
+# Natively on a CPU, or on a GPU; then a part in Triton's interpreter.
 test: $(READY)
 	$(RUN) pytest
+	TRITON_INTERPRET=1 $(RUN) pytest -m interpreted tests/test_values.py tests/test_dropout.py
 
 lint: $(READY)
 	$(RUN) ruff check .

@@ -1,15 +1,21 @@
 """What tests compare with: tolerances, the matrix of cases, and `nn.LSTM` in float64."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from bench.tolerances import TOLERANCES
-from lstm_triton import TritonLSTM
+from lstm_triton import TritonLSTM, plan
+
+# How Triton kernels run a layer: by each strategy, "persistent" without and with what it can fuse.
+WAYS = ("persistent", "fused", "step")
 
 # Largest relative error, |ours - reference| / |reference| in the 2-norm over a tensor, by dtype.
 TOLERANCE = {
@@ -21,6 +27,39 @@ TOLERANCE = {
         (torch.bfloat16, "bf16"),
     )
 }
+
+
+def cases_by_way(cases: Sequence["Case"], interpreted: int) -> list[Any]:
+    """Parameters `case` and `way`: each case in all ways, one with projections in those that aren't fused.
+
+    One case of so many, `interpreted`, is interpreted, too; which ones is another in each way.
+    """
+    return [
+        pytest.param(case, way, id=f"{case}-{way}", marks=pytest.mark.interpreted if index % interpreted == k else ())
+        for index, case in enumerate(cases)
+        for k, way in enumerate(WAYS)
+        if way != "fused" or not case.proj_size
+    ]
+
+
+@contextmanager
+def forced(way: str) -> Iterator[None]:
+    """Within this context layers on backend "triton" run in this way, one of `WAYS`.
+
+    Nothing is fused on a GPU, nor where there are projections: "fused" is "persistent" there.
+    """
+    choose = plan.of
+
+    def chosen(input: Tensor, hx: Tensor, cx: Tensor) -> plan.Plan:
+        fused = way == "fused" and not input.is_cuda and hx.size(2) == cx.size(2)
+        return replace(choose(input, hx, cx), fused=fused)
+
+    plan.of = chosen
+    try:
+        with plan.force("persistent" if way == "fused" else way):
+            yield
+    finally:
+        plan.of = choose
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,12 @@ torch.backends.cudnn.allow_tf32 = False
 torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "interpreted: `make test` runs it in Triton's interpreter, too, with TRITON_INTERPRET=1"
+    )
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

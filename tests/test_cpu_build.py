@@ -331,7 +331,7 @@ def test_cooperative_programs_wait_for_each_other(threads: int, pool: bool) -> N
     torch.set_num_threads(threads)
     wait = kernel(WAIT)
     if not pool:
-        runtime._library().lstm_triton_use_openmp(None, None)
+        runtime.load().lstm_triton_use_openmp(None, None)
     try:
         for programs in (2, 3, 9):
             for _ in range(20):
@@ -339,7 +339,7 @@ def test_cooperative_programs_wait_for_each_other(threads: int, pool: bool) -> N
                 runtime.run(wait, pointers(arrived), (programs, 1, 1), cooperative=True)
                 assert arrived.item() == programs
     finally:
-        runtime._library().lstm_triton_use_openmp(*runtime.openmp())
+        runtime.load().lstm_triton_use_openmp(*runtime.openmp())
 
 
 def test_inside_a_parallel_region() -> None:
@@ -497,7 +497,7 @@ def test_fork_before_the_first_run() -> None:
     torch.ones(1_000_000).add_(1)  # starts the pool's threads
 
     def work() -> None:
-        runtime._library.cache_clear()
+        runtime.load.cache_clear()
         ran = torch.zeros(30, dtype=torch.int32)
         runtime.run(runtime.Kernel(build.load(count, "test")), pointers(ran), (5, 3, 2))
         assert ran.eq(1).all()

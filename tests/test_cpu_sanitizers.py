@@ -3,7 +3,7 @@
 A kernel's C is compiled into a program of its own, with a `main` that takes a launch's arguments from a file and runs
 the program instances: each on a thread, for ThreadSanitizer, or one after the other, for AddressSanitizer and
 UndefinedBehaviorSanitizer. Every tensor has memory of exactly its size there. Put in the place of
-`lstm_triton.cpu.launch`, it runs whole layers, whose values are compared as well.
+`lstm_triton.kernels.launch.start`, it runs whole layers, whose values are compared as well.
 """
 
 import functools
@@ -30,15 +30,14 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from cooperative_kernels import MUTANTS, forward_kernel  # noqa: E402
 
-from checks import assert_close  # noqa: E402
-from lstm_triton import cpu, functional, plan  # noqa: E402
+from checks import WAYS, assert_close, forced  # noqa: E402
+from lstm_triton import cpu, functional, kernels, plan  # noqa: E402
 from lstm_triton.cpu import build, native  # noqa: E402
-from lstm_triton.kernels import INTERPRETED  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not build.has_compiler(), reason="no C compiler"),
     pytest.mark.skipif(sys.platform != "linux", reason="Triton runs on Linux"),
-    pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted, not compiled"),
+    pytest.mark.skipif(kernels.INTERPRETED, reason="kernels are interpreted, not compiled"),
 ]
 
 ENOUGH = 1 << 26  # rounds of waiting: far more than there are, yet they end
@@ -302,7 +301,7 @@ class Sanitized:
         assert not data
 
     def program(self, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> Path:
-        kinds = [native._POINTERS[a.dtype] if isinstance(a, Tensor) else native._scalar(a) for a in args]
+        kinds = [native._POINTERS[a.dtype] if isinstance(a, Tensor) else native._kind(a, "") for a in args]
         key = (kernel, *kinds, *constants.items())
         if key not in self.programs:
             left = iter(kinds)
@@ -435,26 +434,31 @@ class Layer:
             named |= {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
         return {name: t.detach() for name, t in named.items()}
 
-    def check(self, launcher: Sanitized, strategy: str, monkeypatch: pytest.MonkeyPatch, small: bool = True) -> None:
+    def check(self, launcher: Sanitized, way: str, monkeypatch: pytest.MonkeyPatch, small: bool = True) -> None:
         """Compares what comes of the launcher's launches; small: tiles of which a batch and H take several."""
-        choose = plan.choose
 
-        def chosen(batch: int, hidden: int, size: int, *rest: Any, **options: Any) -> plan.Plan:
-            found = choose(batch, hidden, size, *rest, **options)
-            if strategy == "step":
+        def start(kernel: Any, grid: Any, args: list[Any], shared: dict[str, Any], **own: Any) -> None:
+            launcher.launch(kernel, grid, *args, **shared, **own)
+
+        for module in kernels.STRATEGIES.values():
+            monkeypatch.setattr(module, "start", start)
+        choose = plan.of
+
+        def chosen(input: Tensor, hx: Tensor, cx: Tensor) -> plan.Plan:
+            found = choose(input, hx, cx)
+            if way == "step":
                 return replace(found, block_b=4, block_h=16, block_k=16)
-            return replace(found, block_b=4, block_k=max(8, found.block_k))  # a mask is drawn in eights
+            return replace(found, block_b=4)
 
-        monkeypatch.setattr(cpu, "launch", launcher.launch)
-        if small:
-            monkeypatch.setattr(plan, "choose", chosen)
-        with plan.force(strategy):
-            ours = self.run("triton")
+        with monkeypatch.context() as patch:
+            if small:
+                patch.setattr(plan, "of", chosen)
+            with forced(way):
+                ours = self.run("triton")
         assert launcher.launches > 0
         assert_close(ours, self.run("eager"), self.dtype)
 
 
-STRATEGIES = pytest.mark.parametrize("strategy", plan.STRATEGIES)
 LAYERS = [
     Layer(torch.float32, 3, 5, 17, bidirectional=True, ragged=True, dropout="step"),
     Layer(torch.float32, 4, 6, 18, size=5, bidirectional=True, dropout="given once"),
@@ -471,13 +475,22 @@ def _name(layer: Layer) -> str:
     return " ".join(word for word in words if word) + ("" if layer.trains else " alone")
 
 
-@STRATEGIES
-@pytest.mark.parametrize("layer", LAYERS[:2], ids=_name)
+def _ways(layers: list[Layer]) -> list[Any]:
+    """Each layer in all ways; one with projections can't be fused, and one of those that can is enough."""
+    return [
+        pytest.param(layer, way, id=f"{_name(layer)} {way}")
+        for layer in layers
+        for way in WAYS
+        if way != "fused" or layer is LAYERS[0]
+    ]
+
+
+@pytest.mark.parametrize("layer,way", _ways(LAYERS[:2]))
 def test_races_of_independent_programs(
-    sanitized: Callable[..., Sanitized], monkeypatch: pytest.MonkeyPatch, layer: Layer, strategy: str
+    sanitized: Callable[..., Sanitized], monkeypatch: pytest.MonkeyPatch, layer: Layer, way: str
 ) -> None:
     """No program of the project's kernels reads or writes what another one writes."""
-    layer.check(sanitized(THREAD), strategy, monkeypatch)
+    layer.check(sanitized(THREAD), way, monkeypatch)
 
 
 def test_program_that_runs_twice(sanitized: Callable[..., Sanitized], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,21 +499,20 @@ def test_program_that_runs_twice(sanitized: Callable[..., Sanitized], monkeypatc
         LAYERS[3].check(sanitized(THREAD, repeats=2), "persistent", monkeypatch)
 
 
-@STRATEGIES
-@pytest.mark.parametrize("layer", LAYERS, ids=_name)
+@pytest.mark.parametrize("layer,way", _ways(LAYERS))
 def test_memory_and_arithmetic(
-    sanitized: Callable[..., Sanitized], monkeypatch: pytest.MonkeyPatch, layer: Layer, strategy: str
+    sanitized: Callable[..., Sanitized], monkeypatch: pytest.MonkeyPatch, layer: Layer, way: str
 ) -> None:
     """Within all bounds, nothing that C leaves undefined, and no value from memory that wasn't written."""
-    layer.check(sanitized(ADDRESS, flags=NATIVE), strategy, monkeypatch)
+    layer.check(sanitized(ADDRESS, flags=NATIVE), way, monkeypatch)
 
 
-@STRATEGIES
+@pytest.mark.parametrize("way", WAYS)
 def test_memory_and_arithmetic_with_narrow_vectors(
-    sanitized: Callable[..., Sanitized], monkeypatch: pytest.MonkeyPatch, strategy: str
+    sanitized: Callable[..., Sanitized], monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """The same on the plan's own tiles, with the vectors that every processor of the architecture has."""
-    LAYERS[0].check(sanitized(ADDRESS), strategy, monkeypatch, small=False)
+    replace(LAYERS[0], hidden=7).check(sanitized(ADDRESS), way, monkeypatch, small=False)
 
 
 # ---- What the sanitizers see ----

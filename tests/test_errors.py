@@ -1,6 +1,6 @@
 """Bad input: the error is `nn.LSTM`'s or a clearer one, and names what is wrong."""
 
-import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lstm_triton import TritonLSTM, dispatch, functional
+from lstm_triton.cpu import build
 
 NAN = float("nan")
 
@@ -150,12 +151,48 @@ def test_functional(changes: dict, error: type[Exception], message: str) -> None
         call(**changes)
 
 
-def test_triton_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = TritonLSTM(5, 7, backend="triton")
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine without a C compiler, on which nothing is compiled yet."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    caches = (build.compiler, dispatch.has_native)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_triton_on_a_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = TritonLSTM(5, 7, backend="triton"), torch.randn(4, 3, 5)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(RuntimeError, match="runs on a GPU, the input is on the CPU.*TRITON_INTERPRET=1"):
-        module(torch.randn(4, 3, 5))
+    with pytest.raises(RuntimeError, match="on a CPU needs a C compiler: install gcc or clang .* no cc, gcc or clang"):
+        module(x)
+    monkeypatch.setenv("CC", "/nonexistent/cc -O1")
+    with pytest.raises(RuntimeError, match="or set CC; CC=/nonexistent/cc -O1 doesn't run"):
+        module(x)
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_the_interpreter_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    dispatch.check_triton(torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize("recurrent_dropout", [0.0, 0.5])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_other_backends_need_no_compiler(backend: str, recurrent_dropout: float) -> None:
+    module = TritonLSTM(5, 7, backend=backend, recurrent_dropout=recurrent_dropout)
+    packed = pack_padded_sequence(torch.randn(4, 300, 5), torch.full((300,), 4))
+    for x in (torch.randn(4, 3, 5), packed):
+        _, (h, _) = module(x)
+        h.sum().backward()
+
+
+def test_triton_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     with pytest.raises(RuntimeError, match="needs the package triton, which is not installed"):
-        module(torch.randn(4, 3, 5))
-    assert "TRITON_INTERPRET" in os.environ
+        TritonLSTM(5, 7, backend="triton")(torch.randn(4, 3, 5))

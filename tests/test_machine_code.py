@@ -16,7 +16,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lstm_triton import kernels, plan
-from lstm_triton.kernels import cells
+from lstm_triton.kernels import cells, launch
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -43,19 +43,19 @@ def source(function, constants, element):
 for arch, shared, element, hidden, size, dropout, ragged in json.loads(sys.argv[1]):
     chosen = plan.choose(32, hidden, size, DTYPES[element], shared)
     strategy = kernels.STRATEGIES[chosen.strategy]
-    constants = {
-        "D": 2, "H": hidden, "K": size, "BLOCK_B": chosen.block_b, "BLOCK_H": chosen.block_h,
-        "BLOCK_K": chosen.block_k, "HAS_HR": hidden != size, "RAGGED": ragged, "DROPOUT": dropout,
-        "PER_STEP": True, "PRECISION": "ieee",
-    }
-    stages = [{}]
+    assert not chosen.fused, "only the CPU's kernels are"
+    # As a launch has them.
+    constants = dict(launch._constants(
+        DTYPES[element], chosen, 2, hidden, size, 50, hidden != size, True, ragged, dropout, True, "ieee"
+    ))
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    stages = [{"DX": False, "DW": False}]
     if chosen.strategy == "step":
         stages = [{"STAGE": stage} for stage in (("state", "cell") if hidden != size else ("both", "state"))]
     jobs = [(strategy.forward_kernel, {"SAVE": True, "CELL": cells.lstm_forward})]
     jobs += [(strategy.backward_kernel, {"CELL": cells.lstm_backward} | stage) for stage in stages]
     for function, extra in jobs:
         target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch), 32)
-        options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
         compiled = triton.compile(source(function, constants | extra, element), target=target, options=options)
         text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
         print(json.dumps({

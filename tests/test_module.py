@@ -211,25 +211,42 @@ def test_backend_runs(backend: str, device: torch.device, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("hidden,strategy", [(64, "persistent"), (65, "step")])
 def test_strategy_runs(hidden: int, strategy: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By size: float32 weights of 64 units fit, of 65 (padded to 128) do not."""
+    """By size: float32 weights of 64 units fit on an SM, of 65 (padded to 128) do not; a CPU has room for both."""
+    if device.type == "cpu" and not kernels.INTERPRETED:
+        strategy = "persistent"
     ran = []
     for name, module in kernels.STRATEGIES.items():
-        for way in ("forward", "backward"):
-            original = getattr(module, way)
-            monkeypatch.setattr(module, way, lambda *a, _n=name, _w=way, _o=original: ran.append((_n, _w)) or _o(*a))
+        for way in ("forward", "backward", "fused_backward"):
+            original = getattr(module, way, None)
+            if original is not None:
+                kind = way.removeprefix("fused_")
+                run = lambda *a, _k=(name, kind), _o=original: ran.append(_k) or _o(*a)  # noqa: E731
+                monkeypatch.setattr(module, way, run)
     module = TritonLSTM(5, hidden, device=device, backend="triton")
     module(torch.randn(2, 1, 5, device=device))[0].sum().backward()
     assert ran == [(strategy, "forward"), (strategy, "backward")]
 
 
-def test_auto_choices() -> None:
-    x = torch.randn(2, 3, 5)
-    rows = torch.randn(dispatch.PACKED_ROWS, 5)
-    assert dispatch.auto(x, packed=False, drops=False, records=True) == "torch"
-    assert dispatch.auto(x, packed=False, drops=True, records=True) == "eager"
-    assert dispatch.auto(rows, packed=True, drops=False, records=True) == "eager"
-    assert dispatch.auto(rows[1:], packed=True, drops=False, records=True) == "torch"
-    assert dispatch.auto(rows, packed=True, drops=False, records=False) == "torch"
+@pytest.mark.parametrize("native", [False, True], ids=["without kernels", "with kernels"])
+def test_auto_choices_on_a_cpu(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "has_native", lambda: native)
+
+    def choice(*shape: int, batch: int = 32, hidden: int = 16, dtype=torch.float32, drops=False, records=True) -> str:
+        states = (torch.zeros(1, batch, hidden),) * 2
+        packed = len(shape) == 2
+        return dispatch.auto(torch.zeros(shape, dtype=dtype), states, packed, drops, records, 1, False)
+
+    ours = "triton" if native else "eager"
+    assert choice(20, 32, 16) == ("triton" if native else "torch")  # few weights, no padding
+    assert choice(20, 32, 16, dtype=torch.float64) == "torch"
+    assert choice(20, 1, 1024, batch=1, hidden=1024) == "torch"
+    assert choice(20, 1, 1024, batch=1, hidden=1024, drops=True) == ours
+    assert choice(20, 32, 16, drops=True) == ours
+    rows = dispatch.PACKED_ROWS
+    for count, records in ((rows, True), (rows - 1, True), (rows, False)):
+        usual = "eager" if count == rows and records else "torch"
+        assert choice(count, 1024, batch=1, hidden=1024, records=records) == usual
+        assert choice(count, 16, records=records) == ("triton" if native else usual)
 
 
 def test_plan_fits_the_gpu() -> None:
@@ -246,7 +263,7 @@ def test_plan_fits_the_gpu() -> None:
 def test_tf32_where_the_setting_for_rnns_allows_it() -> None:
     """Kernels and GEMMs alike follow PyTorch's setting for RNNs, whatever that for other products is."""
     cuda = torch.device("cuda")
-    single = SimpleNamespace(dtype=torch.float32, device=cuda)
+    single: Any = SimpleNamespace(dtype=torch.float32, device=cuda, is_cuda=True)
     matmul: Any = torch.backends.cuda.matmul
     given = matmul.fp32_precision
     try:

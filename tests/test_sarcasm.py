@@ -19,6 +19,7 @@ pytest.importorskip("sklearn")
 from bench.sarcasm import data, published, report, review, run, step_time
 from bench.sarcasm.__main__ import main
 from bench.sarcasm.results import read_csv
+from lstm_triton.cpu import build
 
 # Line ends to Python's splitlines but not to the formats, quotes, and other than ASCII.
 ODD = ["it's a\x85test", 'the "best", they say', "caf\u00e9 \u2028 o'clock", "plain"]
@@ -301,7 +302,11 @@ def test_backends_have_the_same_batches_and_masks(few: data.Headlines) -> None:
     )
 
 
-@pytest.mark.parametrize("backend, problem", [("torch", "has no recurrent dropout"), ("triton", "TRITON_INTERPRET")])
+def no_compiler() -> build.Compiler:
+    raise RuntimeError(build.NO_COMPILER.format(found="there is none"))
+
+
+@pytest.mark.parametrize("backend, problem", [("torch", "has no recurrent dropout"), ("triton", "needs a C compiler")])
 def test_backend_that_cannot_run_is_an_error(
     backend: str,
     problem: str,
@@ -311,8 +316,10 @@ def test_backend_that_cannot_run_is_an_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("runs here")
+    if backend == "triton":
+        if torch.cuda.is_available():
+            pytest.skip("runs on the GPU")
+        monkeypatch.setattr(build, "compiler", no_compiler)
     assert command("--data", "synthetic", "--backend", backend, "--out", tmp_path) == 2
     assert problem in capsys.readouterr().err and not list(tmp_path.iterdir())
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from checks import Case, assert_close, matrix, results, shaped
-from lstm_triton import plan
+from checks import WAYS, Case, assert_close, cases_by_way, forced, matrix, results, shaped
 from lstm_triton.recurrence import state_dtype
 
 
@@ -21,26 +20,24 @@ def test_float64(case: Case, backend: str, device: torch.device) -> None:
     compare(case, device, torch.float64, backend)
 
 
-@pytest.mark.parametrize("strategy", plan.STRATEGIES)
-@pytest.mark.parametrize("case", matrix(), ids=str)
-def test_kernels_float32(case: Case, strategy: str, device: torch.device) -> None:
-    with plan.force(strategy):
+@pytest.mark.parametrize("case,way", cases_by_way(matrix(), interpreted=11))
+def test_kernels_float32(case: Case, way: str, device: torch.device) -> None:
+    with forced(way):
         compare(case, device, torch.float32, "triton")
 
 
-# Each dtype takes half of the matrix by one strategy and half by the other.
+# The kernels of a dtype differ in the types of their values alone: a part of the matrix, all axes of which it has.
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("index,case", list(enumerate(matrix())), ids=str)
-def test_kernels_half(index: int, case: Case, dtype: torch.dtype, device: torch.device) -> None:
-    with plan.force(plan.STRATEGIES[(index + index // 3) % 2]):
+@pytest.mark.parametrize("case,way", cases_by_way(matrix()[::5], interpreted=2)[::4])
+def test_kernels_half(case: Case, way: str, dtype: torch.dtype, device: torch.device) -> None:
+    with forced(way):
         compare(case, device, dtype, "triton")
 
 
-@pytest.mark.parametrize("case", matrix()[::7], ids=str)
-def test_kernels_float64(case: Case, device: torch.device) -> None:
-    for strategy in plan.STRATEGIES:
-        with plan.force(strategy):
-            compare(case, device, torch.float64, "triton")
+@pytest.mark.parametrize("case,way", cases_by_way(matrix()[::5], interpreted=2)[1::4])
+def test_kernels_float64(case: Case, way: str, device: torch.device) -> None:
+    with forced(way):
+        compare(case, device, torch.float64, "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
@@ -48,7 +45,7 @@ def test_eager_half(dtype: torch.dtype, device: torch.device) -> None:
     compare(shaped(num_layers=2, proj_size=3), device, dtype, "eager")
 
 
-@pytest.mark.parametrize("strategy", plan.STRATEGIES)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -61,16 +58,17 @@ def test_eager_half(dtype: torch.dtype, device: torch.device) -> None:
     ],
     ids=str,
 )
-def test_kernels_sizes(sizes: dict[str, int], strategy: str, device: torch.device) -> None:
-    with plan.force(strategy):
+def test_kernels_sizes(sizes: dict[str, int], way: str, device: torch.device) -> None:
+    with forced(way):
         compare(shaped(**sizes), device, torch.float32, "triton")
 
 
-@pytest.mark.parametrize("strategy", plan.STRATEGIES)
-def test_kernels_ragged_tiles(strategy: str, device: torch.device) -> None:
+@pytest.mark.interpreted
+@pytest.mark.parametrize("way", WAYS)
+def test_kernels_ragged_tiles(way: str, device: torch.device) -> None:
     """Ragged rows over several tiles of the batch, both directions."""
     case = Case(bidirectional=True, form="packed", steps=5, batch=70)
-    with plan.force(strategy):
+    with forced(way):
         compare(case, device, torch.float32, "triton")
 
 
@@ -121,33 +119,36 @@ def test_gradients_stay_apart(backend: str, device: torch.device) -> None:
     assert len(set(pointers)) == len(pointers)
 
 
-@pytest.mark.parametrize("strategy", plan.STRATEGIES)
-def test_inference_keeps_nothing(strategy: str, device: torch.device) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_inference_keeps_nothing(way: str, device: torch.device) -> None:
     """Without gradients the same values, and neither gates nor cell states."""
-    case = Case(num_layers=2, bidirectional=True, proj_size=3, form="packed")
+    size = 0 if way == "fused" else 3
+    case = Case(num_layers=2, bidirectional=True, proj_size=size, form="packed")
     _, ours = case.modules(device, torch.float32, backend="triton")
     x, h, c = case.inputs(device, torch.float32)
-    with plan.force(strategy):
+    with forced(way):
         trained, _ = ours(case.pack(x), (h, c))
         with torch.no_grad():
             inferred, _ = ours(case.pack(x), (h, c))
             *_, gates, cells = torch.ops.lstm_triton.layer(
-                x.flatten(0, 1), None, h[:2], c[:2], ours._flat_weights[:10], True, None, None, 0.0, True, 0,
-                "triton", False,
+                x.flatten(0, 1), None, h[:2], c[:2], ours._flat_weights[: 10 if size else 8], True,
+                None, None, 0.0, True, 0, "triton", False,
             )  # fmt: skip
     assert torch.equal(trained.data, inferred.data)
     assert gates.numel() == cells.numel() == 0
 
 
-@pytest.mark.parametrize("strategy", plan.STRATEGIES)
-def test_every_store_happens(strategy: str, device: torch.device) -> None:
+@pytest.mark.interpreted
+@pytest.mark.parametrize("way", WAYS)
+def test_every_store_happens(way: str, device: torch.device) -> None:
     """Memory that comes poisoned with NaN shows each store that is missing."""
-    case = Case(num_layers=2, bidirectional=True, proj_size=3, form="packed", batch=5)
+    size = 0 if way == "fused" else 3
+    case = Case(num_layers=2, bidirectional=True, proj_size=size, form="packed", batch=5)
     reference, ours = case.modules(device, torch.float32, backend="triton", recurrent_dropout=0.5)
     inputs = case.inputs(device, torch.float32)
     torch.use_deterministic_algorithms(True)
     try:
-        with plan.force(strategy):
+        with forced(way):
             found = results(ours, case, inputs, torch.float32)
             ours.recurrent_dropout = 0.0
             plain = results(ours, case, inputs, torch.float32)
@@ -157,13 +158,14 @@ def test_every_store_happens(strategy: str, device: torch.device) -> None:
     assert_close(plain, results(reference, case, inputs, torch.float64), torch.float32)
 
 
-@pytest.mark.parametrize("strategy", plan.STRATEGIES)
-def test_bitwise_the_same_each_run(strategy: str, device: torch.device) -> None:
+@pytest.mark.interpreted
+@pytest.mark.parametrize("way", WAYS)
+def test_bitwise_the_same_each_run(way: str, device: torch.device) -> None:
     case = Case(num_layers=2, bidirectional=True, batch=20)
     _, ours = case.modules(device, torch.float32, backend="triton", recurrent_dropout=0.3)
     inputs = case.inputs(device, torch.float32)
     runs = []
-    with plan.force(strategy):
+    with forced(way):
         for _ in range(2):
             torch.manual_seed(3)
             runs.append(results(ours, case, inputs, torch.float32))
