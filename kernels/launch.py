@@ -140,7 +140,10 @@ def _constants(
         "PRECISION": precision, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
     }  # fmt: skip
     if plan.strategy == "persistent":
-        constants |= {"I": I, "BLOCK_I": 1 << (I - 1).bit_length(), "FUSED": plan.fused, "BIAS": bias}
+        # Of no use to a kernel that isn't fused: there the same for all layers, which share one kernel then.
+        features = I if plan.fused else 1
+        block_i = 1 << (features - 1).bit_length()
+        constants |= {"I": features, "BLOCK_I": block_i, "FUSED": plan.fused, "BIAS": bias and plan.fused}
     return constants
 
 

@@ -134,6 +134,11 @@ def _stack(
     drops: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Layer after layer through our operator."""
+    dtype = input.dtype
+    for name, tensors in (("hx", hx), ("weights", weights)):
+        for k, x in enumerate(tensors):
+            if x.dtype != dtype:  # kernels would read it as if it had the other's
+                raise ValueError(f"{name}[{k}] should have the dtype of input, {dtype}, got {x.dtype}")
     directions = 2 if options.bidirectional else 1
     h0, c0 = (x.contiguous() for x in hx)
     dense = batch_sizes is None
