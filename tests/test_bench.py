@@ -15,6 +15,7 @@ from bench.environment import slug
 from bench.measure import Call
 from bench.results import CSV, PART, Results
 from bench.shapes import Shape
+from lstm_triton import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = Shape(2, 3, 8)
@@ -78,8 +79,15 @@ def test_every_provider_passes_the_check(shape, group, device):
         Call(provider, shape, group, device).check()
 
 
-def test_interpreted_kernels_are_never_timed():
-    assert "TritonLSTM-triton" not in providers.available(torch.device("cpu"))
+def test_interpreted_kernels_are_never_timed(monkeypatch):
+    native = dispatch.has_native()
+    assert ("TritonLSTM-triton" in providers.available(torch.device("cpu"))) == native
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    dispatch.has_native.cache_clear()
+    try:
+        assert "TritonLSTM-triton" not in providers.available(torch.device("cpu"))
+    finally:
+        dispatch.has_native.cache_clear()
 
 
 @pytest.mark.parametrize("group", measure.GROUPS)
