@@ -215,7 +215,7 @@ def _expected(case: Case, rates: Mapping[int, Rates], seconds: float, least: int
 
 def obstacle(backend: str) -> str | None:
     """Why the backend cannot be timed here; None where it can."""
-    if backend == "triton" and os.environ.get("TRITON_INTERPRET", "0") == "1":
+    if backend == "triton" and dispatch.interpreting():
         return "TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, whose times say nothing; unset it"
     try:
         TritonLSTM(1, 1, backend=backend)(torch.zeros(1, 1, 1))

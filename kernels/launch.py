@@ -11,7 +11,7 @@ from lstm_triton.cpu import native
 from lstm_triton.dropout import threshold_and_scale
 from lstm_triton.kernels.blocks import INTERPRETED
 from lstm_triton.plan import Plan
-from lstm_triton.recurrence import Gradients, Layout, Recurrence, RecurrentDropout, state_dtype
+from lstm_triton.recurrence import Gradients, Layout, Recurrence, RecurrentDropout, rnn_precision, state_dtype
 from lstm_triton.reference import Direction
 
 # Kernel arguments that vary from call to call and must not compile a kernel anew.
@@ -82,7 +82,6 @@ class Launch:
         directions: list[Direction],
         layout: Layout,
         dropout: RecurrentDropout,
-        precision: str,
     ) -> "Launch":
         (N, I), (D, B, K), H, T = input.shape, hx.shape, cx.size(2), layout.steps
         w_ih, w_hh, b_ih, b_hh, w_hr = (_stacked(tensors) for tensors in zip(*directions, strict=True))
@@ -99,7 +98,9 @@ class Launch:
             plan, layout, D, T, B, N, H, K, I, projected, bias, input, w_ih, w_hh,
             input if b_ih is None else b_ih, input if b_hh is None else b_hh, input if w_hr is None else w_hr,
             offsets, mask, mask_steps, (*threshold_and_scale(dropout.p), dropout.stream),
-            _constants(input.dtype, plan, D, H, K, I, projected, bias, ragged, kind, per_step, precision),
+            _constants(
+                input.dtype, plan, D, H, K, I, projected, bias, ragged, kind, per_step, rnn_precision(input.device)
+            ),
         )  # fmt: skip
 
     def recurrence(self, gates: Tensor | None, hx: Tensor, cx: Tensor, save: bool) -> Recurrence:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lstm_triton.dropout import PER_CALL
-from lstm_triton.recurrence import Gradients, LayerGradients, Layout, Recurrence, RecurrentDropout, rnn_precision
+from lstm_triton.recurrence import Gradients, LayerGradients, Layout, Recurrence, RecurrentDropout
 from lstm_triton.reference import Direction
 
 STRATEGIES = ("persistent", "step")
@@ -29,7 +29,7 @@ CPU_ROWS = 64
 FUSED_WEIGHTS, FUSED_ROWS, FUSED_MOST_WEIGHTS = 32 * 1024, 8, 1024 * 1024
 # Numbers that the tiles of the batch may add up together, each its own gradients of the weights.
 FUSED_MOST_SUMS = 4 * 1024 * 1024
-# The same for training on packed batches, where PyTorch's operator takes 1.5 to 15 times as long (bench/test_auto.py).
+# The same for training on packed batches, where PyTorch's operator takes 2 to 10 times as long (bench/test_auto.py).
 PACKED_SPARE = 1.7
 
 _forced: str | None = None
@@ -183,7 +183,7 @@ def forward(
     save: bool,
 ) -> Recurrence:
     """`lstm_triton.eager.forward` by Triton kernels; `gates` None where the plan is fused."""
-    launch = _launch(plan, input, hx, cx, directions, layout, dropout)
+    launch = _kernels().Launch.of(plan, input, hx, cx, directions, layout, dropout)
     with _device_of(input):
         return _kernels().STRATEGIES[plan.strategy].forward(launch, gates, hx.contiguous(), cx.contiguous(), save)
 
@@ -206,20 +206,7 @@ def backward(
 
     `wanted`: whether the gradients of the input and those of the weights are.
     """
-    launch = _launch(plan, input, hx, cx, directions, layout, dropout)
+    launch = _kernels().Launch.of(plan, input, hx, cx, directions, layout, dropout)
     strategy, states = _kernels().STRATEGIES[plan.strategy], (hx.contiguous(), cx.contiguous())
     with _device_of(input):
         return strategy.backward(launch, doutput, dhn, dcn, saved, *states, *(wanted if plan.fused else ()))
-
-
-def _launch(
-    plan: Plan,
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    directions: list[Direction],
-    layout: Layout,
-    dropout: RecurrentDropout,
-) -> Any:
-    precision = rnn_precision(input.device)
-    return _kernels().Launch.of(plan, input, hx, cx, directions, layout, dropout, precision)

@@ -1,13 +1,13 @@
 """The files of a run: CSV of each seed, summary.json, and how they are written."""
 
 import csv
-import os
 import statistics
 from pathlib import Path
 from typing import Any
 
 from bench.files import write_atomically
 from bench.sarcasm.data import SYNTHETIC
+from lstm_triton import dispatch
 
 Row = dict[str, float]
 
@@ -50,7 +50,7 @@ def summarize(
         **facts,
         "environment": {
             **machine,
-            "triton_interpreted": os.environ.get("TRITON_INTERPRET", "0") == "1",
+            "triton_interpreted": dispatch.interpreting(),
             "command": command(options, seeds),
         },
     }

@@ -1,5 +1,6 @@
 """Triton's TTIR, read from its text into operations, values and blocks."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,10 +28,7 @@ class Type:
 
     @property
     def size(self) -> int:
-        product = 1
-        for n in self.shape:
-            product *= n
-        return product
+        return math.prod(self.shape)
 
 
 @dataclass(eq=False)
@@ -70,15 +68,6 @@ class Op:
     place: str  # in the kernel's source: file:line
     regions: list[Block] = field(default_factory=list)
 
-    def inside(self, block: Block) -> bool:
-        """Whether it is in `block` or in a region below it."""
-        here: Block | None = self.block
-        while here is not None:
-            if here is block:
-                return True
-            here = here.owner.block if here.owner else None
-        return False
-
     def __str__(self) -> str:
         return f"{self.name} at {self.place}"
 
@@ -89,15 +78,6 @@ class Function:
 
     name: str
     body: Block  # its arguments are the kernel's
-
-    def ops(self) -> Iterator[Op]:
-        """Every operation, regions included, in order."""
-        stack = list(reversed(self.body.ops))
-        while stack:
-            op = stack.pop()
-            yield op
-            for region in reversed(op.regions):
-                stack.extend(reversed(region.ops))
 
 
 _LOCATION = re.compile(r'loc\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*"|\([^()]*\))*\))*\)')

@@ -530,7 +530,7 @@ class Lowering:
         self.need(self.ready(op))
         a, b = self.buffers[source], self.buffers[right]
         strides = f"1, {rows}" if transposed else f"{inner}, 1"
-        if start in self.buffers and _same_block(start, op) and not self._wanted_besides(start, op):
+        if start in self.buffers and start.block is op.block and not self._wanted_besides(start, op):
             out = self.buffers[start]  # added to where it is
         elif _is_zero(start):
             out = self.buffer(op.results[0].type)
@@ -617,21 +617,14 @@ class Lowering:
         out = self.buffer(result.type)
         target = out.at(tuple(index[d] for d in rest))
         around = [f"for (int i{d} = 0; i{d} < {source.shape[d]}; i{d}++)" for d in rest]
-        if axis == len(source.shape) - 1:
-            self.open(" ".join(around) + " {")
-            self.line(f"{c_type} sum = {first};")
-            self.line(f"{_simd(body, 'sum')}{loop} sum = {combined('sum', at)};")
-            self.line(f"{target} = sum;")
-            self.close()
-        else:
-            *outer, inner = around
-            self.line(" ".join(outer))
-            self.line('_Pragma("omp simd")')  # the outer of the two loops, so that sums are in registers
-            self.open(f"{inner} {{")
-            self.line(f"{c_type} sum = {first};")
-            self.line(f"{loop} sum = {combined('sum', at)};")
-            self.line(f"{target} = sum;")
-            self.close()
+        along = axis == len(source.shape) - 1
+        if not along:  # the inner of the loops around it is the one to vectorise, so that sums are in registers
+            around.insert(-1, '\n_Pragma("omp simd")\n')
+        self.open(" ".join(around) + " {")
+        self.line(f"{c_type} sum = {first};")
+        self.line(f"{_simd(body, 'sum') if along else ''}{loop} sum = {combined('sum', at)};")
+        self.line(f"{target} = sum;")
+        self.close()
         self.buffers[result] = out
 
     def atomic(self, op: Op) -> None:
@@ -819,10 +812,6 @@ def _within(value: Value, op: Op) -> bool:
             return True
         block = block.owner.block
     return False
-
-
-def _same_block(value: Value, op: Op) -> bool:
-    return value.block is op.block
 
 
 def _only_right_factor(value: Value) -> bool:
