@@ -54,7 +54,7 @@ def tanh(x):
 def drawn_mask(seed, stream, t, rows, first, threshold, scale, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr):
     """The recurrent dropout mask of rows `rows` and units first … first + BLOCK - 1 (multiples of 8).
 
-    Bit for bit that of `lstm_triton.dropout.recurrent_masks`: a Philox call draws eight units.
+    Bit for bit that of `lstm_triton.dropout.masks`: a Philox call draws eight units.
     """
     zeros = tl.zeros((BLOCK_B, BLOCK // 8), tl.int32)
     calls = (first // 8 + tl.arange(0, BLOCK // 8))[None, :] + zeros
@@ -82,14 +82,33 @@ def mask_tile(
 
 
 @triton.jit
-def rows_of_step(offsets_ptr, t, T, B, rows, RAGGED: tl.constexpr):
-    """Where batch rows `rows` are among the N at step t, and which of them it has: none before 0 or from T on."""
-    inside = (t >= 0) & (t < T)
-    t = tl.where(inside, t, 0)
-    if RAGGED:
-        start = tl.load(offsets_ptr + t)
-        count = tl.load(offsets_ptr + t + 1) - start
-    else:
-        start = t.to(tl.int64) * B
-        count = B
+def rows_of_step(offsets_ptr, t, low, high, B, rows, RAGGED: tl.constexpr):
+    """Where batch rows `rows` are among the N at step t, and which of them it has: none outside low … high - 1."""
+    inside = (t >= low) & (t < high)
+    t = tl.where(inside, t, low)
+    start = row_of_step(offsets_ptr, t, B, RAGGED)
+    count = tl.load(offsets_ptr + t + 1) - start if RAGGED else B
     return start + rows, rows < tl.where(inside, count, 0)
+
+
+@triton.jit
+def row_of_step(offsets_ptr, t, B, RAGGED: tl.constexpr):
+    """The first row of step t among the N."""
+    return tl.load(offsets_ptr + t) if RAGGED else t.to(tl.int64) * B
+
+
+@triton.jit
+def steps_of_window(d, T, first, last):
+    """Direction d's steps low … high - 1 in the passes first … last - 1 (`lstm_triton.recurrence.Window`)."""
+    return tl.where(d == 0, first, T - last), tl.where(d == 0, last, T - first)
+
+
+@triton.jit
+def passes_of_tile(offsets_ptr, d, T, first, last, row, RAGGED: tl.constexpr):
+    """Of the passes first … last - 1 those in which batch row `row`, the longest of a tile, has a step."""
+    begin, end = first, last
+    if RAGGED:
+        length = tl.load(offsets_ptr + T + 1 + row).to(tl.int32)
+        begin = tl.where(d == 0, first, tl.maximum(first, T - length))
+        end = tl.where(d == 0, tl.minimum(last, length), last)
+    return begin, end

@@ -11,12 +11,13 @@ from lstm_triton.cpu import native
 from lstm_triton.dropout import threshold_and_scale
 from lstm_triton.kernels.blocks import INTERPRETED
 from lstm_triton.plan import Plan
-from lstm_triton.recurrence import Gradients, Layout, Recurrence, RecurrentDropout, rnn_precision, state_dtype
-from lstm_triton.reference import Direction
+from lstm_triton.recurrence import Gradients, Layer, Layout, Pass, Saved, Window, rnn_precision
 
 # Kernel arguments that vary from call to call and must not compile a kernel anew.
-RUN_TIME = ["T", "B", "N", "s", "threshold", "stream", "mask_steps"]
+RUN_TIME = ["T", "first", "last", "B", "n", "s", "threshold", "stream", "mask_steps"]
 
+# Hidden units of a program that rebuilds gates: none waits for the others', so that there may be many programs.
+REBUILT_UNITS = 64
 
 _prepared: dict[tuple[int, ...], tuple[Any, ...]] = {}
 
@@ -54,7 +55,6 @@ class Launch:
     D: int
     T: int
     B: int
-    N: int
     H: int
     K: int
     I: int
@@ -66,28 +66,21 @@ class Launch:
     b_ih: Tensor  # (D, 4H) where there are biases
     b_hh: Tensor  # (D, 4H) where there are biases
     w_hr: Tensor  # (D, K, H) where projected
-    offsets: Tensor  # (T + 1) int64 first rows of the steps, where ragged
+    offsets: Tensor  # (T + 1 + B) int64 where ragged: the first rows of the steps and N, the lengths of the batch rows
     mask: Tensor  # (D, T or 1, B, K), or the seed
     mask_steps: int
     drop: tuple[int, float, int]  # threshold, scale, stream
     constants: dict[str, Any]
+    rebuild: dict[str, Any]  # those of the kernels in rebuild.py
 
     @classmethod
-    def of(
-        cls,
-        plan: Plan,
-        input: Tensor,
-        hx: Tensor,
-        cx: Tensor,
-        directions: list[Direction],
-        layout: Layout,
-        dropout: RecurrentDropout,
-    ) -> "Launch":
-        (N, I), (D, B, K), H, T = input.shape, hx.shape, cx.size(2), layout.steps
-        w_ih, w_hh, b_ih, b_hh, w_hr = (_stacked(tensors) for tensors in zip(*directions, strict=True))
+    def of(cls, plan: Plan, layer: Layer) -> "Launch":
+        input, layout, dropout = layer.input, layer.layout, layer.dropout
+        (N, I), (D, B, K), H = input.shape, layer.hx.shape, layer.cx.size(2)
+        w_ih, w_hh, b_ih, b_hh, w_hr = (_stacked(tensors) for tensors in zip(*layer.directions, strict=True))
         ragged, projected, bias = not layout.is_dense, w_hr is not None, b_ih is not None
         assert w_ih is not None and w_hh is not None
-        offsets = torch.tensor([*layout.starts, N], device=input.device) if ragged else input
+        offsets = torch.tensor([*layout.starts, N, *layout.lengths], device=input.device) if ragged else input
         mask, mask_steps, kind, per_step = input, 1, "none", dropout.per_step
         if dropout.mask is not None:
             mask, mask_steps, kind = dropout.mask.contiguous(), dropout.mask.size(1), "given"
@@ -95,28 +88,37 @@ class Launch:
         elif dropout.seed is not None:
             mask, kind = dropout.seed, "drawn"
         return cls(
-            plan, layout, D, T, B, N, H, K, I, projected, bias, input, w_ih, w_hh,
+            plan, layout, D, layout.steps, B, H, K, I, projected, bias, input, w_ih, w_hh,
             input if b_ih is None else b_ih, input if b_hh is None else b_hh, input if w_hr is None else w_hr,
             offsets, mask, mask_steps, (*threshold_and_scale(dropout.p), dropout.stream),
-            _constants(
+            *_constants(
                 input.dtype, plan, D, H, K, I, projected, bias, ragged, kind, per_step, rnn_precision(input.device)
             ),
         )  # fmt: skip
 
-    def recurrence(self, gates: Tensor | None, hx: Tensor, cx: Tensor, save: bool) -> Recurrence:
-        """Room for what forward returns; `gates` are activated in place, None stands for new ones."""
-        kept = state_dtype(hx.dtype)
-        if gates is None:
-            gates = hx.new_empty((self.D, self.N, 4 * self.H) if save else (0,))
-        output = hx.new_empty(self.N, self.D * self.K)
-        c = hx.new_empty((self.D, self.N, self.H) if save else (0,), dtype=kept)
-        return Recurrence(output, torch.empty_like(hx), torch.empty_like(cx), gates, c)
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """That of kernels whose programs own a tile of the batch."""
+        return -(-self.B // self.plan.block_b), self.D, 1
 
-    def gradients(self, saved: Recurrence, hx: Tensor, cx: Tensor) -> Gradients:
+    def numbers(self, window: Window) -> tuple[int | float, ...]:
+        """The kernels' last arguments: T, first, last, B, n, mask_steps, threshold, scale and stream."""
+        return self.T, window.first, window.last, self.B, window.size(self.D), self.mask_steps, *self.drop
+
+    def room(self, window: Window, gates: Tensor | None, hx: Tensor, cx: Tensor, save: bool) -> Pass:
+        """For what forward returns; `gates` are activated in place, None stands for new ones."""
+        n = window.size(self.D)
+        if gates is None:
+            gates = hx.new_empty((self.D, n, 4 * self.H) if save else (0,))
+        c = cx.new_empty((self.D, n, self.H) if save else (0,))
+        return Pass(torch.empty_like(hx), torch.empty_like(cx), gates, c)
+
+    def gradients(self, window: Window, saved: Saved, dhn: Tensor, dcn: Tensor) -> Gradients:
         """Room for what backward returns."""
-        h_prev = hx.new_empty(self.D, self.N, self.K)
-        dh = torch.empty_like(h_prev) if self.projected else hx.new_empty(0)
-        return Gradients(torch.empty_like(saved.gates), torch.empty_like(hx), torch.empty_like(cx), h_prev, dh)
+        nothing = saved.gates.new_empty(0)
+        dgates = nothing if self.plan.fused else torch.empty_like(saved.gates)
+        dh = saved.gates.new_empty(self.D, window.size(self.D), self.K) if self.projected else nothing
+        return Gradients(torch.empty_like(dhn), torch.empty_like(dcn), dgates, dh, nothing)
 
 
 @lru_cache(maxsize=256)
@@ -133,19 +135,23 @@ def _constants(
     dropout: str,
     per_step: bool,
     precision: str,
-) -> dict[str, Any]:
-    """One dictionary for all launches of a kind: with the dtype it says the types of the other arguments, too."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two dictionaries for all launches of a kind, the strategy's and that of rebuild.py.
+
+    With the dtype they say the types of the other arguments, too.
+    """
     constants = {
         "D": D, "H": H, "K": K, "BLOCK_B": plan.block_b, "BLOCK_H": plan.block_h, "BLOCK_K": plan.block_k,
         "HAS_HR": projected, "RAGGED": ragged, "DROPOUT": dropout, "PER_STEP": per_step,
         "PRECISION": precision, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
     }  # fmt: skip
+    rebuild = constants | {"BLOCK_H": min(plan.block_h, REBUILT_UNITS)}
     if plan.strategy == "persistent":
         # Of no use to a kernel that isn't fused: there the same for all layers, which share one kernel then.
         features = I if plan.fused else 1
         block_i = 1 << (features - 1).bit_length()
         constants |= {"I": features, "BLOCK_I": block_i, "FUSED": plan.fused, "BIAS": bias and plan.fused}
-    return constants
+    return constants, rebuild
 
 
 def _stacked(tensors: tuple[Tensor | None, ...]) -> Tensor | None:

@@ -3,19 +3,27 @@
 Its weights are loaded once and the states stay in registers, so that no program waits for another.
 For hidden sizes whose recurrent weights one SM holds. Both directions run in the same launch.
 
-Sizes: T steps, B batch, D directions, N rows of all steps (`lstm_triton.recurrence`), H hidden
-units, K the size of h (that of the projection where HAS_HR, else H).
+Sizes: T steps, B batch, D directions, N rows of all steps, n of the window that is run
+(`lstm_triton.recurrence`), H hidden units, K the size of h (that of the projection where HAS_HR,
+else H).
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lstm_triton.kernels.blocks import cast, dot, mask_tile, rows_of_step
+from lstm_triton.kernels.blocks import (
+    cast,
+    dot,
+    mask_tile,
+    passes_of_tile,
+    row_of_step,
+    rows_of_step,
+    steps_of_window,
+)
 from lstm_triton.kernels.cells import lstm_backward, lstm_forward
 from lstm_triton.kernels.launch import RUN_TIME, Launch, start
-from lstm_triton.recurrence import Gradients, LayerGradients, Recurrence
+from lstm_triton.recurrence import Gradients, LayerGradients, Pass, Saved, Window
 
 
 @triton.jit
@@ -39,22 +47,22 @@ def biases(
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
-    gates_ptr,  # (D, N, 4H) in, unless FUSED: input products; out, where SAVE: activated gates
+    gates_ptr,  # (D, n, 4H) in, unless FUSED: input products; out, where SAVE: activated gates
     x_ptr,  # (N, I) where FUSED
     y_ptr,  # (N, D * K)
-    c_ptr,  # (D, N, H) where SAVE
-    hx_ptr,  # (D, B, K)
+    c_ptr,  # (D, n, H) where SAVE
+    hx_ptr,  # (D, B, K) before the window
     cx_ptr,  # (D, B, H)
-    hn_ptr,  # (D, B, K)
+    hn_ptr,  # (D, B, K) after it
     cn_ptr,  # (D, B, H)
     w_hh_ptr,  # (D, 4H, K)
     w_hr_ptr,  # (D, K, H) where HAS_HR
     w_ih_ptr,  # (D, 4H, I) where FUSED
     b_ih_ptr,  # (D, 4H) where FUSED and BIAS
     b_hh_ptr,  # (D, 4H) where FUSED and BIAS
-    offsets_ptr,  # (T + 1) where RAGGED
+    offsets_ptr,  # (T + 1 + B) where RAGGED: the steps' first rows, the batch rows' lengths
     mask_ptr,  # see mask_tile
-    T, B, N, mask_steps, threshold, scale, stream,
+    T, first, last, B, n, mask_steps, threshold, scale, stream,
     D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, I: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_I: tl.constexpr,
     HAS_HR: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
@@ -91,12 +99,15 @@ def forward_kernel(
     mask_h = in_batch[:, None] & (ks < K)[None, :]
     mask_c = in_batch[:, None] & (hs < H)[None, :]
     h = tl.load(hx_ptr + state_h, mask=mask_h, other=0.0)
-    c = tl.load(cx_ptr + state_c, mask=mask_c, other=0.0).to(c_ptr.dtype.element_ty)
-    for s in range(T):
+    c = tl.load(cx_ptr + state_c, mask=mask_c, other=0.0)
+    low, high = steps_of_window(d, T, first, last)
+    plane = d.to(tl.int64) * n - row_of_step(offsets_ptr, low, B, RAGGED)
+    begin, end = passes_of_tile(offsets_ptr, d, T, first, last, tl.program_id(0) * BLOCK_B, RAGGED)
+    for s in range(begin, end):
         t = s if d == 0 else T - 1 - s
-        at, live = rows_of_step(offsets_ptr, t, T, B, rows, RAGGED)
+        at, live = rows_of_step(offsets_ptr, t, low, high, B, rows, RAGGED)
         cell_mask = live[:, None] & (hs < H)[None, :]
-        g_at = gates_ptr + ((d.to(tl.int64) * N + at) * 4 * H)[:, None] + hs[None, :]
+        g_at = gates_ptr + ((plane + at) * 4 * H)[:, None] + hs[None, :]
         if FUSED:
             x = tl.load(x_ptr + (at * I)[:, None] + xs[None, :], mask=live[:, None] & (xs < I)[None, :], other=0.0)
             a_i = dot(x, u_i, tl.broadcast_to(b_i[None, :], (BLOCK_B, BLOCK_H)), PRECISION)
@@ -128,24 +139,25 @@ def forward_kernel(
             tl.store(g_at + H, cast(f, gate), mask=cell_mask)
             tl.store(g_at + 2 * H, cast(g, gate), mask=cell_mask)
             tl.store(g_at + 3 * H, cast(o, gate), mask=cell_mask)
-            tl.store(c_ptr + ((d.to(tl.int64) * N + at) * H)[:, None] + hs[None, :], c_new, mask=cell_mask)
+            tl.store(c_ptr + ((plane + at) * H)[:, None] + hs[None, :], c_new, mask=cell_mask)
         y_at = y_ptr + (at * D * K + d * K)[:, None] + ks[None, :]
         tl.store(y_at, cast(q, h.dtype), mask=live[:, None] & (ks < K)[None, :])
         h = tl.where(live[:, None], cast(q, h.dtype), h)
         c = tl.where(live[:, None], c_new, c)
     tl.store(hn_ptr + state_h, h, mask=mask_h)
-    tl.store(cn_ptr + state_c, cast(c, cn_ptr.dtype.element_ty), mask=mask_c)
+    tl.store(cn_ptr + state_c, c, mask=mask_c)
 
 
-def forward(launch: Launch, gates: Tensor | None, hx: Tensor, cx: Tensor, save: bool) -> Recurrence:
-    """Runs the recurrence over all steps; arguments as of `lstm_triton.eager.forward`."""
-    result = launch.recurrence(gates, hx, cx, save)
-    grid = (-(-launch.B // launch.plan.block_b), launch.D, 1)
+def forward(
+    launch: Launch, window: Window, gates: Tensor | None, output: Tensor, hx: Tensor, cx: Tensor, save: bool
+) -> Pass:
+    """Runs the recurrence over a window; arguments as of `lstm_triton.plan.Kernels.forward`."""
+    result = launch.room(window, gates, hx, cx, save)
     start(
-        forward_kernel, grid, [
-            result.gates, launch.x, result.output, result.c, hx, cx, result.hn, result.cn,
+        forward_kernel, launch.grid, [
+            result.gates, launch.x, output, result.c, hx, cx, result.hn, result.cn,
             launch.w_hh, launch.w_hr, launch.w_ih, launch.b_ih, launch.b_hh, launch.offsets, launch.mask,
-            launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
+            *launch.numbers(window),
         ], launch.constants, SAVE=save, CELL=lstm_forward,
     )  # fmt: skip
     return result
@@ -156,28 +168,27 @@ def backward_kernel(
     dy_ptr,  # (N, D * K)
     dhn_ptr,  # (D, B, K)
     dcn_ptr,  # (D, B, H)
-    gates_ptr,  # (D, N, 4H) activated
-    c_ptr,  # (D, N, H)
+    gates_ptr,  # (D, n, 4H) activated
+    c_ptr,  # (D, n, H)
     y_ptr,  # (N, D * K)
-    hx_ptr,  # (D, B, K)
+    hx_ptr,  # (D, B, K) before the window
     cx_ptr,  # (D, B, H)
-    dgates_ptr,  # (D, N, 4H) out, unless FUSED
-    h_prev_ptr,  # (D, N, K) out, unless FUSED: the masked h that each step multiplied
-    dh_ptr,  # (D, N, K) out, where HAS_HR
+    dgates_ptr,  # (D, n, 4H) out, unless FUSED
+    dh_ptr,  # (D, n, K) out, where HAS_HR
     dhx_ptr,  # (D, B, K) out
     dcx_ptr,  # (D, B, H) out
     w_hh_ptr,  # (D, 4H, K)
     w_hr_ptr,  # (D, K, H) where HAS_HR
     x_ptr,  # (N, I) where FUSED
     w_ih_ptr,  # (D, 4H, I) where FUSED
-    dx_ptr,  # (D, N, I) out, where FUSED and DX
+    dx_ptr,  # (D, n, I) out, where FUSED and DX
     dw_ih_ptr,  # (P, D, 4H, I) out, where FUSED and DW, as the two below; P tiles of the batch
     dw_hh_ptr,  # (P, D, 4H, K)
     db_ih_ptr,  # (P, D, 4H)
     db_hh_ptr,  # (P, D, 4H) the same: PyTorch has two biases
-    offsets_ptr,  # (T + 1) where RAGGED
+    offsets_ptr,  # (T + 1 + B) where RAGGED: the steps' first rows, the batch rows' lengths
     mask_ptr,  # see mask_tile
-    T, B, N, mask_steps, threshold, scale, stream,
+    T, first, last, B, n, mask_steps, threshold, scale, stream,
     D: tl.constexpr, H: tl.constexpr, K: tl.constexpr, I: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_I: tl.constexpr,
     HAS_HR: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
@@ -204,10 +215,11 @@ def backward_kernel(
     mask_c = in_batch[:, None] & (hs < H)[None, :]
     kept = c_ptr.dtype.element_ty
     operand = dgates_ptr.dtype.element_ty
-    dh = tl.load(dhn_ptr + state_h, mask=mask_h, other=0.0).to(kept)
-    dc = tl.load(dcn_ptr + state_c, mask=mask_c, other=0.0).to(kept)
-    hx = tl.load(hx_ptr + state_h, mask=mask_h, other=0.0)
-    cx = tl.load(cx_ptr + state_c, mask=mask_c, other=0.0).to(kept)
+    dh = tl.load(dhn_ptr + state_h, mask=mask_h, other=0.0)
+    dc = tl.load(dcn_ptr + state_c, mask=mask_c, other=0.0)
+    cx = tl.load(cx_ptr + state_c, mask=mask_c, other=0.0)
+    low, high = steps_of_window(d, T, first, last)
+    plane = d.to(tl.int64) * n - row_of_step(offsets_ptr, low, B, RAGGED)
     if FUSED:
         xs = tl.arange(0, BLOCK_I)
         u_mask = (hs < H)[:, None] & (xs < I)[None, :]
@@ -218,39 +230,35 @@ def backward_kernel(
             u_g = tl.load(u_at + 2 * H * I, mask=u_mask, other=0.0)
             u_o = tl.load(u_at + 3 * H * I, mask=u_mask, other=0.0)
         if DW:
+            hx = tl.load(hx_ptr + state_h, mask=mask_h, other=0.0)
             du_i = tl.zeros((BLOCK_H, BLOCK_I), kept)
             du_f, du_g, du_o = du_i, du_i, du_i
             dw_i = tl.zeros((BLOCK_H, BLOCK_K), kept)
             dw_f, dw_g, dw_o = dw_i, dw_i, dw_i
             db_i = tl.zeros((BLOCK_H,), kept)
             db_f, db_g, db_o = db_i, db_i, db_i
-    for s in range(T):
-        t = T - 1 - s if d == 0 else s
+    begin, end = passes_of_tile(offsets_ptr, d, T, first, last, tl.program_id(0) * BLOCK_B, RAGGED)
+    for back in range(begin, end):
+        s = begin + end - 1 - back
+        t = s if d == 0 else T - 1 - s
         before = t - 1 if d == 0 else t + 1  # the step whose state this one took
-        at, live = rows_of_step(offsets_ptr, t, T, B, rows, RAGGED)
-        at_before, had = rows_of_step(offsets_ptr, before, T, B, rows, RAGGED)
+        at, live = rows_of_step(offsets_ptr, t, low, high, B, rows, RAGGED)
+        at_before, had = rows_of_step(offsets_ptr, before, low, high, B, rows, RAGGED)
         cell_mask = live[:, None] & (hs < H)[None, :]
         h_mask = live[:, None] & (ks < K)[None, :]
-        plane = d.to(tl.int64) * N
 
         had = had[:, None]
         c_at = c_ptr + ((plane + at_before) * H)[:, None] + hs[None, :]
         c_prev = tl.where(had, tl.load(c_at, mask=cell_mask & had, other=0.0), cx)
-        y_at = y_ptr + (at_before * D * K + d * K)[:, None] + ks[None, :]
-        h_prev = tl.where(had, tl.load(y_at, mask=h_mask & had, other=0.0), hx)
         if DROPOUT != "none":
             m = mask_tile(
                 mask_ptr, d, t, mask_steps, B, rows, 0, ks, live, threshold, scale, stream,
                 K, DROPOUT, PER_STEP, BLOCK_B, BLOCK_K,
             )  # fmt: skip
-            h_prev = cast(h_prev.to(kept) * m, h_prev.dtype)
-        h_at = ((plane + at) * K)[:, None] + ks[None, :]
-        if not FUSED:
-            tl.store(h_prev_ptr + h_at, h_prev, mask=h_mask)
 
         dh_t = dh + tl.load(dy_ptr + (at * D * K + d * K)[:, None] + ks[None, :], mask=h_mask, other=0.0).to(kept)
         if HAS_HR:
-            tl.store(dh_ptr + h_at, cast(dh_t, operand), mask=h_mask)
+            tl.store(dh_ptr + ((plane + at) * K)[:, None] + ks[None, :], cast(dh_t, operand), mask=h_mask)
             dq = dot(cast(dh_t, operand), w_r, tl.zeros((BLOCK_B, BLOCK_H), kept), PRECISION)
         else:
             dq = dh_t
@@ -266,10 +274,13 @@ def backward_kernel(
         da_g = cast(da_g, operand)
         da_o = cast(da_o, operand)
         if FUSED:
-            x_at = (at * I)[:, None] + xs[None, :]
             x_mask = live[:, None] & (xs < I)[None, :]
             if DW:
-                x = tl.load(x_ptr + x_at, mask=x_mask, other=0.0)
+                y_at = y_ptr + (at_before * D * K + d * K)[:, None] + ks[None, :]
+                h_prev = tl.where(had, tl.load(y_at, mask=h_mask & had, other=0.0), hx)
+                if DROPOUT != "none":
+                    h_prev = cast(h_prev.to(kept) * m, h_prev.dtype)
+                x = tl.load(x_ptr + (at * I)[:, None] + xs[None, :], mask=x_mask, other=0.0)
                 du_i = dot(tl.trans(da_i), x, du_i, PRECISION)
                 du_f = dot(tl.trans(da_f), x, du_f, PRECISION)
                 du_g = dot(tl.trans(da_g), x, du_g, PRECISION)
@@ -287,7 +298,7 @@ def backward_kernel(
                 dx = dot(da_f, u_f, dx, PRECISION)
                 dx = dot(da_g, u_g, dx, PRECISION)
                 dx = dot(da_o, u_o, dx, PRECISION)
-                tl.store(dx_ptr + (plane * I + x_at), cast(dx, operand), mask=x_mask)
+                tl.store(dx_ptr + ((plane + at) * I)[:, None] + xs[None, :], cast(dx, operand), mask=x_mask)
         else:
             tl.store(dgates_ptr + g_at, da_i, mask=cell_mask)
             tl.store(dgates_ptr + g_at + H, da_f, mask=cell_mask)
@@ -301,22 +312,22 @@ def backward_kernel(
             dh_prev = dh_prev * m
         dh = tl.where(live[:, None], dh_prev, dh)
         dc = tl.where(live[:, None], dc_prev, dc)
-    tl.store(dhx_ptr + state_h, cast(dh, dhx_ptr.dtype.element_ty), mask=mask_h)
-    tl.store(dcx_ptr + state_c, cast(dc, dcx_ptr.dtype.element_ty), mask=mask_c)
+    tl.store(dhx_ptr + state_h, dh, mask=mask_h)
+    tl.store(dcx_ptr + state_c, dc, mask=mask_c)
     if FUSED and DW:
-        first = (tl.program_id(0) * tl.num_programs(1) + d) * 4 * H
-        du_at = dw_ih_ptr + (first + hs)[:, None] * I + xs[None, :]
+        tile = (tl.program_id(0) * tl.num_programs(1) + d) * 4 * H
+        du_at = dw_ih_ptr + (tile + hs)[:, None] * I + xs[None, :]
         tl.store(du_at, du_i, mask=u_mask)
         tl.store(du_at + H * I, du_f, mask=u_mask)
         tl.store(du_at + 2 * H * I, du_g, mask=u_mask)
         tl.store(du_at + 3 * H * I, du_o, mask=u_mask)
-        dw_at = dw_hh_ptr + (first + hs)[:, None] * K + ks[None, :]
+        dw_at = dw_hh_ptr + (tile + hs)[:, None] * K + ks[None, :]
         tl.store(dw_at, dw_i, mask=weight_mask)
         tl.store(dw_at + H * K, dw_f, mask=weight_mask)
         tl.store(dw_at + 2 * H * K, dw_g, mask=weight_mask)
         tl.store(dw_at + 3 * H * K, dw_o, mask=weight_mask)
         b_mask = hs < H
-        b_at = first + hs
+        b_at = tile + hs
         tl.store(db_ih_ptr + b_at, db_i, mask=b_mask)
         tl.store(db_ih_ptr + b_at + H, db_f, mask=b_mask)
         tl.store(db_ih_ptr + b_at + 2 * H, db_g, mask=b_mask)
@@ -329,72 +340,44 @@ def backward_kernel(
 
 def backward(
     launch: Launch,
+    window: Window,
+    output: Tensor,
     doutput: Tensor,
-    dhn: Tensor,
-    dcn: Tensor,
-    saved: Recurrence,
+    saved: Saved,
     hx: Tensor,
     cx: Tensor,
-    *wanted: bool,
-) -> Gradients | LayerGradients:
-    """The gradients of `forward`, from those of its outputs; where the plan is fused, those of the whole layer.
-
-    `wanted`, where it is: whether the gradients of the input and those of the weights are.
-    """
-    if launch.plan.fused:
-        return _fused_backward(launch, doutput, dhn, dcn, saved, hx, cx, *wanted)
-    found = launch.gradients(saved, hx, cx)
-    _start_backward(launch, doutput, dhn, dcn, saved, hx, cx, found, [hx] * 5, False, False)
-    return found
-
-
-def _fused_backward(
-    launch: Launch,
-    doutput: Tensor,
     dhn: Tensor,
     dcn: Tensor,
-    saved: Recurrence,
-    hx: Tensor,
-    cx: Tensor,
     input_wanted: bool,
     weights_wanted: bool,
-) -> LayerGradients:
+) -> Gradients | LayerGradients:
+    """The gradients of `forward`; where the plan is fused, those of the whole layer in this window.
+
+    Arguments as of `lstm_triton.plan.Kernels.backward`; input_wanted, weights_wanted: whether the gradients
+    of the input and those of the weights are, where the plan is fused.
+    """
+    found = launch.gradients(window, saved, dhn, dcn)
     D, G, I, K = launch.D, 4 * launch.H, launch.I, launch.K
-    tiles = -(-launch.B // launch.plan.block_b)
-    found = Gradients(hx, torch.empty_like(hx), torch.empty_like(cx), hx, hx)
-    shapes = ((G, I), (G, K), (G,), (G,)) if weights_wanted else ((0,), (0,), (0,), (0,))
-    # Each tile of the batch adds up its own; where there is but one, these are the gradients themselves.
-    single = tiles == D == 1
-    dx = hx.new_empty((launch.N, I) if D == 1 else (D, launch.N, I)) if input_wanted else hx.new_empty(0)
-    dw = [hx.new_empty(shape if single else (tiles, D, *shape)) for shape in shapes]
-    _start_backward(launch, doutput, dhn, dcn, saved, hx, cx, found, [dx, *dw], input_wanted, weights_wanted)
-    if input_wanted and D > 1:
-        dx = dx[0].add_(dx[1])
+    fused, single = launch.plan.fused, True
+    dx, dw = hx, [hx] * 4
+    if fused:
+        # Each tile of the batch adds up its own; where there is but one, these are the gradients themselves.
+        tiles = launch.grid[0]
+        single = tiles == D == 1
+        dx = hx.new_empty((D, window.size(D), I) if input_wanted else (0,))
+        shapes = ((G, I), (G, K), (G,), (G,)) if weights_wanted else ((0,), (0,), (0,), (0,))
+        dw = [hx.new_empty(shape if single else (tiles, D, *shape)) for shape in shapes]
+    start(
+        backward_kernel, launch.grid, [
+            doutput, dhn, dcn, saved.gates, saved.c, output, hx, cx,
+            found.dgates, found.dh, found.dhx, found.dcx,
+            launch.w_hh, launch.w_hr, launch.x, launch.w_ih, dx, *dw, launch.offsets, launch.mask,
+            *launch.numbers(window),
+        ], launch.constants, CELL=lstm_backward, DX=fused and input_wanted, DW=fused and weights_wanted,
+    )  # fmt: skip
+    if not fused:
+        return found
     each = dw if launch.bias else dw[:2]
     if not single:
         each = [x[:, d].sum(0) for d in range(D) for x in each]
-    return LayerGradients(dx, found.dhx, found.dcx, each)
-
-
-def _start_backward(
-    launch: Launch,
-    doutput: Tensor,
-    dhn: Tensor,
-    dcn: Tensor,
-    saved: Recurrence,
-    hx: Tensor,
-    cx: Tensor,
-    found: Gradients,
-    fused: list[Tensor],
-    dx: bool,
-    dw: bool,
-) -> None:
-    grid = (-(-launch.B // launch.plan.block_b), launch.D, 1)
-    start(
-        backward_kernel, grid, [
-            doutput, dhn, dcn, saved.gates, saved.c, saved.output, hx, cx,
-            found.dgates, found.h_prev, found.dh, found.dhx, found.dcx,
-            launch.w_hh, launch.w_hr, launch.x, launch.w_ih, *fused, launch.offsets, launch.mask,
-            launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
-        ], launch.constants, CELL=lstm_backward, DX=dx, DW=dw,
-    )  # fmt: skip
+    return LayerGradients(found.dhx, found.dcx, dx, each)

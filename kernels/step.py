@@ -12,24 +12,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lstm_triton.kernels.blocks import cast, dot, mask_tile, rows_of_step
+from lstm_triton.kernels.blocks import (
+    cast,
+    dot,
+    mask_tile,
+    passes_of_tile,
+    row_of_step,
+    rows_of_step,
+    steps_of_window,
+)
 from lstm_triton.kernels.cells import lstm_backward, lstm_forward
 from lstm_triton.kernels.launch import RUN_TIME, Launch, start
-from lstm_triton.recurrence import Gradients, Recurrence
+from lstm_triton.recurrence import Gradients, Pass, Saved, Window
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def forward_kernel(
-    gates_ptr,  # (D, N, 4H) in: input products; out, where SAVE: activated gates
+    gates_ptr,  # (D, n, 4H) in: input products; out, where SAVE: activated gates
     y_ptr,  # (N, D * K) out, unless HAS_HR
-    c_ptr,  # (D, N, H) out, where SAVE
+    c_ptr,  # (D, n, H) out, where SAVE
     h_ptr,  # (D, B, K) the state before this step
     h_out_ptr,  # (D, B, K) out: the state after it; where HAS_HR (D, B, H): o * tanh(c)
     c_state_ptr,  # (D, B, H) in and out
     w_hh_ptr,  # (D, 4H, K)
-    offsets_ptr,  # (T + 1) where RAGGED
+    offsets_ptr,  # (T + 1 + B) where RAGGED, as in `persistent`
     mask_ptr,  # see mask_tile
-    s, T, B, N, mask_steps, threshold, scale, stream,
+    s, T, first, last, B, n, mask_steps, threshold, scale, stream,
     D: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_HR: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
@@ -39,16 +47,22 @@ def forward_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     units = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     t = s if d == 0 else T - 1 - s
-    at, live = rows_of_step(offsets_ptr, t, T, B, rows, RAGGED)
+    low, high = steps_of_window(d, T, first, last)
+    plane = d.to(tl.int64) * n - row_of_step(offsets_ptr, low, B, RAGGED)
+    at, live = rows_of_step(offsets_ptr, t, low, high, B, rows, RAGGED)
     in_batch = (rows < B)[:, None] & (units < H)[None, :]
     cell_mask = live[:, None] & (units < H)[None, :]
     kept = c_state_ptr.dtype.element_ty
-    g_at = gates_ptr + ((d.to(tl.int64) * N + at) * 4 * H)[:, None] + units[None, :]
+    g_at = gates_ptr + ((plane + at) * 4 * H)[:, None] + units[None, :]
     a_i = tl.load(g_at, mask=cell_mask, other=0.0).to(kept)
     a_f = tl.load(g_at + H, mask=cell_mask, other=0.0).to(kept)
     a_g = tl.load(g_at + 2 * H, mask=cell_mask, other=0.0).to(kept)
     a_o = tl.load(g_at + 3 * H, mask=cell_mask, other=0.0).to(kept)
-    for k in range(0, K, BLOCK_K):
+    inner = K
+    if RAGGED:  # a tile whose rows have ended, or not begun, has no product
+        begin, end = passes_of_tile(offsets_ptr, d, T, s, s + 1, tl.program_id(0) * BLOCK_B, RAGGED)
+        inner = tl.where(begin < end, K, 0)
+    for k in range(0, inner, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
         h_at = h_ptr + ((d * B + rows) * K)[:, None] + ks[None, :]
         h = tl.load(h_at, mask=live[:, None] & (ks < K)[None, :], other=0.0)
@@ -74,7 +88,7 @@ def forward_kernel(
         tl.store(g_at + H, cast(f, gate), mask=cell_mask)
         tl.store(g_at + 2 * H, cast(g, gate), mask=cell_mask)
         tl.store(g_at + 3 * H, cast(o, gate), mask=cell_mask)
-        tl.store(c_ptr + ((d.to(tl.int64) * N + at) * H)[:, None] + units[None, :], c, mask=cell_mask)
+        tl.store(c_ptr + ((plane + at) * H)[:, None] + units[None, :], c, mask=cell_mask)
     q = cast(q, h_out_ptr.dtype.element_ty)
     if not HAS_HR:
         tl.store(y_ptr + (at * D * K + d * K)[:, None] + units[None, :], q, mask=cell_mask)
@@ -83,50 +97,45 @@ def forward_kernel(
     tl.store(h_out_ptr + state_at, q, mask=in_batch)
 
 
-def forward(launch: Launch, gates: Tensor, hx: Tensor, cx: Tensor, save: bool) -> Recurrence:
-    """Runs the recurrence over all steps; arguments as of `lstm_triton.eager.forward`."""
-    plan, projected = launch.plan, launch.projected
-    result = launch.recurrence(gates, hx, cx, save)
-    h, c = hx.clone(), cx.to(result.c.dtype, copy=True)
-    h_out = torch.empty_like(cx if projected else hx)
-    grid = (-(-launch.B // plan.block_b), -(-launch.H // plan.block_h), launch.D)
+def forward(launch: Launch, window: Window, gates: Tensor, output: Tensor, hx: Tensor, cx: Tensor, save: bool) -> Pass:
+    """Runs the recurrence over a window; arguments as of `lstm_triton.plan.Kernels.forward`."""
+    projected = launch.projected
+    result = launch.room(window, gates, hx, cx, save)
+    # The states go to and fro between two tensors each.
+    h, c = hx.clone(), result.cn.copy_(cx)
+    h_out = torch.empty_like(cx, dtype=hx.dtype) if projected else result.hn
     weight_hr = launch.w_hr.view(launch.D, launch.K, launch.H) if projected else launch.w_hr
-    for s in range(launch.T):
+    for s in range(window.first, window.last):
         start(
-            forward_kernel, grid, [
-                gates, result.output, result.c, h, h_out, c, launch.w_hh, launch.offsets, launch.mask,
-                s, launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
+            forward_kernel, _grid(launch, launch.H), [
+                gates, output, result.c, h, h_out, c, launch.w_hh, launch.offsets, launch.mask,
+                s, *launch.numbers(window),
             ], launch.constants, SAVE=save, CELL=lstm_forward,
         )  # fmt: skip
         if projected:
             for d, rows, at in _slices(launch, s):
                 h[d, :rows] = h_out[d, :rows] @ weight_hr[d].t()
-                result.output[at, d * launch.K : (d + 1) * launch.K] = h[d, :rows]
+                output[at, d * launch.K : (d + 1) * launch.K] = h[d, :rows]
         else:
             h, h_out = h_out, h
-    result.hn.copy_(h)
-    result.cn.copy_(c)
-    return result
+    return result._replace(hn=h)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def backward_kernel(
     dy_ptr,  # (N, D * K)
-    gates_ptr,  # (D, N, 4H) activated
-    c_ptr,  # (D, N, H)
-    y_ptr,  # (N, D * K)
-    hx_ptr,  # (D, B, K)
-    cx_ptr,  # (D, B, H)
-    dgates_ptr,  # (D, N, 4H) out; in: that of the launch before
-    h_prev_ptr,  # (D, N, K) out: the masked h that each step multiplied
+    gates_ptr,  # (D, n, 4H) activated
+    c_ptr,  # (D, n, H)
+    cx_ptr,  # (D, B, H) before the window
+    dgates_ptr,  # (D, n, 4H) out; in: that of the launch before
     dh_state_ptr,  # (D, B, K) in and out: the gradient of the state after this step
     dc_state_ptr,  # (D, B, H) in and out
-    dh_ptr,  # (D, N, K) out, stage "state" with projections
+    dh_ptr,  # (D, n, K) out, stage "state" with projections
     dq_ptr,  # (D, B, H) in, stage "cell"
     w_hh_ptr,  # (D, 4H, K)
-    offsets_ptr,  # (T + 1) where RAGGED
+    offsets_ptr,  # (T + 1 + B) where RAGGED, as in `persistent`
     mask_ptr,  # see mask_tile
-    s, T, B, N, mask_steps, threshold, scale, stream,
+    s, T, first, last, B, n, mask_steps, threshold, scale, stream,
     D: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_HR: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
@@ -137,43 +146,39 @@ def backward_kernel(
     d = tl.program_id(2)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     units = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    plane = d.to(tl.int64) * N
+    low, high = steps_of_window(d, T, first, last)
+    plane = d.to(tl.int64) * n - row_of_step(offsets_ptr, low, B, RAGGED)
     kept = c_ptr.dtype.element_ty
-    t = T - 1 - s if d == 0 else s
+    t = s if d == 0 else T - 1 - s
     toward = -1 if d == 0 else 1  # to the step whose state this one took
     if STAGE != "cell":
         unit_mask = (units < K)[None, :]
         state_at = ((d * B + rows) * K)[:, None] + units[None, :]
         state_mask = (rows < B)[:, None] & unit_mask
         dh = tl.load(dh_state_ptr + state_at, mask=state_mask, other=0.0)
-        if s > 0:
+        if s < last - 1:
             done = t - toward  # the step of the launch before
-            at, live = rows_of_step(offsets_ptr, done, T, B, rows, RAGGED)
+            at, live = rows_of_step(offsets_ptr, done, low, high, B, rows, RAGGED)
             acc = tl.zeros((BLOCK_B, BLOCK_H), kept)
-            for k in range(0, 4 * H, BLOCK_K):
+            inner = 4 * H
+            if RAGGED:  # as in forward
+                begin, end = passes_of_tile(offsets_ptr, d, T, s + 1, s + 2, tl.program_id(0) * BLOCK_B, RAGGED)
+                inner = tl.where(begin < end, inner, 0)
+            for k in range(0, inner, BLOCK_K):
                 ks = k + tl.arange(0, BLOCK_K)
                 da_at = dgates_ptr + ((plane + at) * 4 * H)[:, None] + ks[None, :]
                 da = tl.load(da_at, mask=live[:, None] & (ks < 4 * H)[None, :], other=0.0)
                 w_at = w_hh_ptr + d * 4 * H * K + ks[:, None] * K + units[None, :]
                 acc = dot(da, tl.load(w_at, mask=(ks < 4 * H)[:, None] & unit_mask, other=0.0), acc, PRECISION)
-            at_before, had = rows_of_step(offsets_ptr, t, T, B, rows, RAGGED)
-            had = had[:, None]
-            live_mask = live[:, None] & unit_mask
-            h_prev = tl.load(hx_ptr + state_at, mask=live_mask, other=0.0)
-            y_at = y_ptr + (at_before * D * K + d * K)[:, None] + units[None, :]
-            h_prev = tl.where(had, tl.load(y_at, mask=live_mask & had, other=0.0), h_prev)
             if DROPOUT != "none":
-                m = mask_tile(
+                acc = acc * mask_tile(
                     mask_ptr, d, done, mask_steps, B, rows, tl.program_id(1) * BLOCK_H, units, live,
                     threshold, scale, stream, K, DROPOUT, PER_STEP, BLOCK_B, BLOCK_H,
                 )  # fmt: skip
-                acc = acc * m
-                h_prev = cast(h_prev.to(kept) * m, h_prev.dtype)
-            tl.store(h_prev_ptr + ((plane + at) * K)[:, None] + units[None, :], h_prev, mask=live_mask)
             dh = tl.where(live[:, None], acc, dh)
             tl.store(dh_state_ptr + state_at, dh, mask=state_mask)
-    if s < T:
-        at, live = rows_of_step(offsets_ptr, t, T, B, rows, RAGGED)
+    if s >= first:
+        at, live = rows_of_step(offsets_ptr, t, low, high, B, rows, RAGGED)
         if STAGE != "cell":
             dy_at = dy_ptr + (at * D * K + d * K)[:, None] + units[None, :]
             dq = dh + tl.load(dy_at, mask=live[:, None] & unit_mask, other=0.0).to(kept)
@@ -184,12 +189,11 @@ def backward_kernel(
             dh_at = dh_ptr + ((plane + at) * K)[:, None] + units[None, :]
             tl.store(dh_at, cast(dq, dh_ptr.dtype.element_ty), mask=live[:, None] & unit_mask)
         else:
-            before = t + toward
-            at_before, had = rows_of_step(offsets_ptr, before, T, B, rows, RAGGED)
+            at_before, had = rows_of_step(offsets_ptr, t + toward, low, high, B, rows, RAGGED)
             had = had[:, None]
             cell_mask = live[:, None] & (units < H)[None, :]
             cell_at = ((d * B + rows) * H)[:, None] + units[None, :]
-            c_prev = tl.load(cx_ptr + cell_at, mask=cell_mask, other=0.0).to(kept)
+            c_prev = tl.load(cx_ptr + cell_at, mask=cell_mask, other=0.0)
             c_at = c_ptr + ((plane + at_before) * H)[:, None] + units[None, :]
             c_prev = tl.where(had, tl.load(c_at, mask=cell_mask & had, other=0.0), c_prev)
             g_at = ((plane + at) * 4 * H)[:, None] + units[None, :]
@@ -209,38 +213,48 @@ def backward_kernel(
 
 
 def backward(
-    launch: Launch, doutput: Tensor, dhn: Tensor, dcn: Tensor, saved: Recurrence, hx: Tensor, cx: Tensor
+    launch: Launch,
+    window: Window,
+    output: Tensor,
+    doutput: Tensor,
+    saved: Saved,
+    hx: Tensor,
+    cx: Tensor,
+    dhn: Tensor,
+    dcn: Tensor,
+    *wanted: bool,
 ) -> Gradients:
-    """The gradients of `forward`, from those of its outputs."""
-    plan, projected = launch.plan, launch.projected
-    found = launch.gradients(saved, hx, cx)
-    dh_state, dc_state = (x.to(saved.c.dtype, copy=True) for x in (dhn, dcn))
-    dq = torch.empty_like(cx) if projected else cx
-    batch = -(-launch.B // plan.block_b)
+    """The gradients of `forward`; arguments as of `lstm_triton.plan.Kernels.backward`."""
+    found = launch.gradients(window, saved, dhn, dcn)
+    found.dhx.copy_(dhn)
+    found.dcx.copy_(dcn)
+    projected = launch.projected
+    dq = torch.empty_like(cx, dtype=hx.dtype) if projected else cx
     weight_hr = launch.w_hr.view(launch.D, launch.K, launch.H) if projected else launch.w_hr
 
     def run(s: int, stage: str, size: int) -> None:
         start(
-            backward_kernel, (batch, -(-size // plan.block_h), launch.D), [
-                doutput, saved.gates, saved.c, saved.output, hx, cx,
-                found.dgates, found.h_prev, dh_state, dc_state, found.dh, dq,
-                launch.w_hh, launch.offsets, launch.mask,
-                s, launch.T, launch.B, launch.N, launch.mask_steps, *launch.drop,
+            backward_kernel, _grid(launch, size), [
+                doutput, saved.gates, saved.c, cx, found.dgates, found.dhx, found.dcx, found.dh, dq,
+                launch.w_hh, launch.offsets, launch.mask, s, *launch.numbers(window),
             ], launch.constants, CELL=lstm_backward, STAGE=stage,
         )  # fmt: skip
 
-    for s in range(launch.T):
+    for s in range(window.last - 1, window.first - 1, -1):
         if projected:
             run(s, "state", launch.K)
-            for d, rows, at in _slices(launch, launch.T - 1 - s):
+            for d, rows, at in _slices(launch, s):
+                at = slice(at.start - window.rows(d).start, at.stop - window.rows(d).start)
                 dq[d, :rows] = found.dh[d, at] @ weight_hr[d]
             run(s, "cell", launch.H)
         else:
             run(s, "both", launch.H)
-    run(launch.T, "state", launch.K)
-    found.dhx.copy_(dh_state)
-    found.dcx.copy_(dc_state)
+    run(window.first - 1, "state", launch.K)
     return found
+
+
+def _grid(launch: Launch, units: int) -> tuple[int, int, int]:
+    return launch.grid[0], -(-units // launch.plan.block_h), launch.D
 
 
 def _slices(launch: Launch, s: int) -> list[tuple[int, int, slice]]:

@@ -45,33 +45,61 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> list
     return [c0, c1, c2, c3]
 
 
-def recurrent_masks(
-    seed: Tensor, streams: range, steps: int, batch: int, units: int, p: float, dtype: torch.dtype
-) -> Tensor:
+# The stream of dropout between layers is this number and the layer's; those of recurrent dropout are below.
+BETWEEN = 2**30
+# Elements that `drop` draws at a time: the generator's words take some hundred bytes for each eight of them.
+_AT_A_TIME = 2**20
+
+
+def masks(seed: Tensor, streams: range, steps: range, rows: range, units: int, p: float, dtype: torch.dtype) -> Tensor:
     """The masks of some layers and directions.
 
     Args:
         seed: one int64, on the device where the masks are wanted.
         streams: those wanted; that of a layer's direction is ``layer * num_directions + direction``.
-        steps: masks drawn: T (a fresh one each time step) or 1 (the same for the sequence).
-        batch, units: B and the size of h.
+        steps: those wanted: of a fresh mask each time step, or ``range(1)`` for one mask for the sequence.
+        rows: those of the batch.
+        units: the size of h.
         p: probability of an element being zeroed, in [0, 1].
         dtype: of the result.
 
     Returns:
-        (streams, steps, batch, units): 0 with probability p, else 1 / (1 - p).
+        (streams, steps, rows, units): 0 with probability p, else 1 / (1 - p).
     """
     threshold, scale = threshold_and_scale(p)
     calls = (units + PER_CALL - 1) // PER_CALL
     device = seed.device
     # Each counter has an axis of its own; they meet in the first rounds.
     c3 = torch.arange(streams.start, streams.stop, device=device).view(-1, 1, 1, 1)
-    c2 = torch.arange(steps, device=device).view(-1, 1, 1)
-    c1 = torch.arange(batch, device=device).view(-1, 1)
+    c2 = torch.arange(steps.start, steps.stop, device=device).view(-1, 1, 1)
+    c1 = torch.arange(rows.start, rows.stop, device=device).view(-1, 1)
     c0 = torch.arange(calls, device=device)
     words = torch.stack(torch.broadcast_tensors(*philox(seed, c0, c1, c2, c3)), -1)
     # The 16-bit halves of the words, the lower one first; with the sign bit turned over, signed
     # numbers compare as unsigned ones do.
     halves = words.to(torch.int32).view(torch.int16).bitwise_xor_(-(2**15))
-    elements = halves.view(len(streams), steps, batch, calls * PER_CALL)[..., :units]
+    elements = halves.view(len(streams), len(steps), len(rows), calls * PER_CALL)[..., :units]
     return (elements >= threshold - 2**15).to(dtype).mul_(scale)
+
+
+def drop(x: Tensor, seed: Tensor, stream: int, p: float) -> Tensor:
+    """Dropout of the rows between two layers.
+
+    Args:
+        x: (N, F), F the features of each row.
+        seed, p: as of `masks`.
+        stream: of the mask, whose rows are those of `x` as those of a batch at step 0.
+
+    Returns:
+        (N, F) elements of x, 0 with probability p, else divided by 1 - p.
+    """
+    total, features = x.shape
+    kept = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out = torch.empty_like(x)
+    each = max(1, _AT_A_TIME // features)
+    for first in range(0, total, each):
+        rows = range(first, min(first + each, total))
+        mask = masks(seed, range(stream, stream + 1), range(1), rows, features, p, kept)[0, 0]
+        torch.mul(x[rows.start : rows.stop], mask, out=mask)
+        out[rows.start : rows.stop] = mask
+    return out

@@ -3,11 +3,10 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lstm_triton import dispatch, ops
-from lstm_triton.recurrence import RecurrentDropout, state_dtype
+from lstm_triton.recurrence import RecurrentDropout, state_dtype, steps_within
 
 MODES = ("step", "sequence")
 
@@ -24,6 +23,7 @@ class Options(NamedTuple):
     recurrent_dropout: float
     recurrent_dropout_mode: str
     backend: str
+    recompute: bool | int = False
 
 
 def lstm(
@@ -42,6 +42,7 @@ def lstm(
     recurrent_dropout_mode: str = "step",
     recurrent_dropout_mask: Tensor | None = None,
     backend: str = "auto",
+    recompute: bool | int = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A stack of LSTM layers (Hochreiter & Schmidhuber 1997, as `torch.nn.LSTM` defines it).
 
@@ -64,6 +65,7 @@ def lstm(
         recurrent_dropout_mask: (L * D, T or 1, B, K), used as given in place of drawn masks, whether
             `training` or not.
         backend: "auto", "triton", "eager" or "torch".
+        recompute: as of `lstm_triton.TritonLSTM`.
 
     Returns:
         The output, shaped as the input with D * K in place of I, and the final h and c, shaped as `hx`.
@@ -74,7 +76,7 @@ def lstm(
     """
     options = Options(
         num_layers, bias, dropout, training, bidirectional, batch_first,
-        recurrent_dropout, recurrent_dropout_mode, backend,
+        recurrent_dropout, recurrent_dropout_mode, backend, recompute,
     )  # fmt: skip
     check_options(options)
     check_tensors(input, hx, weights, batch_sizes, options)
@@ -102,21 +104,24 @@ def run(
         records = packed and torch.is_grad_enabled() and (weights[0].requires_grad or input.requires_grad)
         directions, deep = 1 + options.bidirectional, options.num_layers > 1
         backend = dispatch.auto(input, hx, packed, drops, records, directions, deep)
-    if backend == "torch":
-        if drops:
-            raise ValueError("backend='torch' has no recurrent dropout; use 'auto', 'eager' or 'triton'")
+    if backend == "torch" and drops:
+        raise ValueError("backend='torch' has no recurrent dropout; use 'auto', 'eager' or 'triton'")
+    if backend == "torch" and not options.recompute:
+        return dispatch.torch_lstm(input, batch_sizes, hx, weights, options)
+    save = torch.is_grad_enabled() and any([x.requires_grad for x in (input, *hx, *weights)])
+    if backend == "torch" and not save:
         return dispatch.torch_lstm(input, batch_sizes, hx, weights, options)
     check_devices(input, hx, weights)
     if backend == "triton":
         dispatch.check_triton(input.device)
     device = input.device.type
     if not torch.is_autocast_enabled(device):
-        return _stack(input, batch_sizes, hx, weights, options, backend, mask, drops)
+        return _stack(input, batch_sizes, hx, weights, options, backend, mask, drops, save)
     # What PyTorch's own RNN operators do: the lower precision throughout.
     low, states = torch.get_autocast_dtype(device), hx[1].dtype
     input, *rest = (x.to(low) if x.dtype == torch.float32 else x for x in (input, *hx, *weights))
     with torch.autocast(device, enabled=False):
-        y, h, c = _stack(input, batch_sizes, (rest[0], rest[1]), rest[2:], options, backend, mask, drops)
+        y, h, c = _stack(input, batch_sizes, (rest[0], rest[1]), rest[2:], options, backend, mask, drops, save)
     projected = h.size(2) != c.size(2)
     if device == "cpu" and (projected or batch_sizes is not None):  # where it is not oneDNN's, c keeps its dtype
         return (y, h, c.to(states)) if projected else (y.to(states), h.to(states), c.to(states))
@@ -132,49 +137,46 @@ def _stack(
     backend: str,
     mask: Tensor | None,
     drops: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer after layer through our operator."""
+    """All layers through our operator."""
     dtype = input.dtype
     for name, tensors in (("hx", hx), ("weights", weights)):
         for k, x in enumerate(tensors):
             if x.dtype != dtype:  # kernels would read it as if it had the other's
                 raise ValueError(f"{name}[{k}] should have the dtype of input, {dtype}, got {x.dtype}")
-    directions = 2 if options.bidirectional else 1
     h0, c0 = (x.contiguous() for x in hx)
     dense = batch_sizes is None
     if dense and options.batch_first:
         input = input.transpose(0, 1)
     x = input.contiguous()
     steps = x.size(0) if batch_sizes is None else batch_sizes.size(0)
+    chunk = chunk_length(options, steps, x, h0, c0) if save and options.recompute else 0
+    between = options.dropout if options.training and options.num_layers > 1 else 0.0
     p, per_step = options.recurrent_dropout, options.recurrent_dropout_mode == "step"
-    seed = None
-    if drops and mask is None:
-        seed = torch.randint(2**63 - 1, (1,), device=input.device)
-        if backend == "eager":  # draws the masks of all layers at once, the kernels draw theirs as they go
-            like = h0.to(state_dtype(x.dtype))
-            mask, seed = RecurrentDropout(None, seed, p, per_step, 0).drawn(steps, like), None
+    if mask is not None or not drops:
+        p = 0.0
+    seed = torch.randint(2**63 - 1, (1,), device=x.device) if p > 0 or between > 0 else None
+    if p > 0 and backend == "eager" and not chunk and not torch.compiler.is_compiling():
+        # All layers' at once, which takes fewer operations; kernels draw theirs as they go.
+        like = h0.to(state_dtype(x.dtype))
+        mask, p = RecurrentDropout(None, seed, p, per_step, 0).drawn(steps, like), 0.0
     if mask is not None:
         mask = mask.to(state_dtype(x.dtype))
-    save = torch.is_grad_enabled() and any([x.requires_grad for x in (x, h0, c0, *weights)])
-    each = len(weights) // options.num_layers
-    whole = options.num_layers == 1
-    hn, cn = [], []
-    for k in range(options.num_layers):
-        if k and options.dropout > 0 and options.training:
-            x = F.dropout(x, options.dropout, True)
-        rows = slice(k * directions, (k + 1) * directions)
-        x, h, c, *_ = ops.run(
-            x, batch_sizes, h0 if whole else h0[rows], c0 if whole else c0[rows],
-            weights[k * each : (k + 1) * each], options.bias,
-            None if mask is None else mask[rows], seed, p, per_step, rows.start, backend, save,
-        )  # fmt: skip
-        hn.append(h)
-        cn.append(c)
-    if dense and options.batch_first:
-        x = x.transpose(0, 1)
-    if len(hn) == 1:
-        return x, hn[0], cn[0]
-    return x, torch.cat(hn), torch.cat(cn)
+    y, hn, cn = ops.run(
+        x, batch_sizes, h0, c0, weights, options.num_layers, options.bias, between, mask, seed, p, per_step,
+        backend, chunk, save,
+    )  # fmt: skip
+    return y.transpose(0, 1) if dense and options.batch_first else y, hn, cn
+
+
+def chunk_length(options: Options, steps: int, x: Tensor, h: Tensor, c: Tensor) -> int:
+    """How many of the time steps backward rebuilds at a time."""
+    if options.recompute is not True:
+        return min(int(options.recompute), steps)
+    # A step's rows have gates, their gradients, c and the h before it.
+    numbers = (9 * c.size(2) + h.size(2)) * (2 if options.bidirectional else 1)
+    return min(steps, steps_within(numbers * x.element_size(), steps, x.numel() // x.size(-1), x.device))
 
 
 def check_probability(name: str, value: object) -> None:
@@ -183,6 +185,11 @@ def check_probability(name: str, value: object) -> None:
             f"{name} should be a number in range [0, 1] representing the probability of an element "
             f"being zeroed, got {value!r}"
         )
+
+
+def check_recompute(value: object) -> None:
+    if not isinstance(value, (bool, int)) or (value is not False and value < 1):
+        raise ValueError(f"recompute should be True, False or a chunk length of at least 1 time step, got {value!r}")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -196,6 +203,7 @@ def check_options(options: Options) -> None:
     check_probability("recurrent_dropout", options.recurrent_dropout)
     check_choice("recurrent_dropout_mode", options.recurrent_dropout_mode, MODES)
     check_choice("backend", options.backend, dispatch.BACKENDS)
+    check_recompute(options.recompute)
     if isinstance(options.num_layers, bool) or not isinstance(options.num_layers, int) or options.num_layers < 1:
         raise ValueError(f"num_layers should be an integer of at least 1, got {options.num_layers!r}")
 

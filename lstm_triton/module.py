@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lstm_triton import functional
 from lstm_triton.dispatch import BACKENDS
-from lstm_triton.functional import Options, check_choice, check_probability
+from lstm_triton.functional import Options, check_choice, check_probability, check_recompute
 
 
 class TritonLSTM(nn.RNNBase):
@@ -47,11 +47,12 @@ class TritonLSTM(nn.RNNBase):
     Source: Hochreiter & Schmidhuber, "Long short-term memory", 1997; Sak et al. 2014 (projections).
     """
 
-    __constants__ = [*nn.RNNBase.__constants__, "recurrent_dropout", "recurrent_dropout_mode", "backend"]
+    __constants__ = [*nn.RNNBase.__constants__, "recurrent_dropout", "recurrent_dropout_mode", "backend", "recompute"]
 
     recurrent_dropout: float
     recurrent_dropout_mode: str
     backend: str
+    recompute: bool | int
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class TritonLSTM(nn.RNNBase):
         recurrent_dropout: float = 0.0,
         recurrent_dropout_mode: str = "step",
         backend: str = "auto",
+        recompute: bool | int = False,
     ) -> None:
         for name, value in (("num_layers", num_layers), ("proj_size", proj_size)):
             if not isinstance(value, int):
@@ -76,6 +78,7 @@ class TritonLSTM(nn.RNNBase):
         check_probability("recurrent_dropout", recurrent_dropout)
         check_choice("recurrent_dropout_mode", recurrent_dropout_mode, functional.MODES)
         check_choice("backend", backend, BACKENDS)
+        check_recompute(recompute)
         if backend == "torch" and recurrent_dropout > 0:
             raise ValueError("backend='torch' has no recurrent dropout; use 'auto', 'eager' or 'triton'")
         super().__init__(
@@ -85,6 +88,7 @@ class TritonLSTM(nn.RNNBase):
         self.recurrent_dropout = float(recurrent_dropout)
         self.recurrent_dropout_mode = recurrent_dropout_mode
         self.backend = backend
+        self.recompute = recompute
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -94,6 +98,8 @@ class TritonLSTM(nn.RNNBase):
                 text += f", recurrent_dropout_mode={self.recurrent_dropout_mode!r}"
         if self.backend != "auto":
             text += f", backend={self.backend!r}"
+        if self.recompute:
+            text += f", recompute={self.recompute}"
         return text
 
     def _update_flat_weights(self) -> None:
@@ -150,10 +156,10 @@ class TritonLSTM(nn.RNNBase):
             self.check_hidden_size(hx[1], expected, "Expected hidden[1] size {}, got {}")
         options = Options(
             self.num_layers, self.bias, self.dropout, self.training, self.bidirectional, self.batch_first,
-            self.recurrent_dropout, self.recurrent_dropout_mode, self.backend,
+            self.recurrent_dropout, self.recurrent_dropout_mode, self.backend, self.recompute,
         )  # fmt: skip
         return functional.run(input, batch_sizes, hx, self._flat_weights, options)  # type: ignore[arg-type]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        defaults = {"recurrent_dropout": 0.0, "recurrent_dropout_mode": "step", "backend": "auto"}
+        defaults = {"recurrent_dropout": 0.0, "recurrent_dropout_mode": "step", "backend": "auto", "recompute": False}
         super().__setstate__(defaults | state)

@@ -1,7 +1,9 @@
-"""One LSTM layer, both directions, as PyTorch operators with gradients to any order.
+"""A stack of LSTM layers as a PyTorch operator with gradients to any order.
 
-The input product of all steps is one GEMM before the recurrence; the gradients of weights,
-biases and input are GEMMs after it. Only the recurrence itself has several ways to run.
+The input product of all steps is a GEMM before the recurrence; the gradients of weights, biases
+and input are GEMMs after it. Only the recurrence itself has several ways to run, the engines
+`Eager`, `Kernels` and `Operator`. All run windows of a layer's steps one after the other: one
+window where all fits and is kept, more where memory is to be saved.
 """
 
 import math
@@ -14,20 +16,26 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from lstm_triton import eager, plan, reference
+from lstm_triton import dropout as masks
+from lstm_triton import plan, reference
+from lstm_triton.eager import Eager
+from lstm_triton.operator import Operator
 from lstm_triton.recurrence import (
     Gradients,
+    Layer,
     LayerGradients,
     Layout,
-    Recurrence,
     RecurrentDropout,
+    Saved,
+    Window,
     rnn_precision,
     state_dtype,
+    windows,
 )  # fmt: skip
-from lstm_triton.reference import Direction, by_direction
+from lstm_triton.reference import by_direction
 
-_HALF = (torch.float16, torch.bfloat16)
 _NOTHING = nullcontext()
+_ENGINES: dict[str, Any] = {"eager": Eager, "triton": plan.Kernels, "torch": Operator}
 
 
 def gemms_as_rnn(input: Tensor) -> AbstractContextManager[None]:
@@ -51,91 +59,158 @@ def _matmul_precision(wanted: str) -> Iterator[None]:
         matmul.fp32_precision = given
 
 
+class _Stack:
+    """The layers of a call, made one by one: arguments as of `forward`."""
+
+    def __init__(
+        self,
+        input: Tensor,
+        batch_sizes: Tensor | None,
+        hx: Tensor,
+        cx: Tensor,
+        weights: list[Tensor],
+        num_layers: int,
+        bias: bool,
+        dropout: float,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        p: float,
+        per_step: bool,
+        backend: str,
+    ) -> None:
+        self.input, self.hx, self.cx, self.weights = _flat(input), hx, cx, weights
+        self.layers, self.bias, self.backend = num_layers, bias, backend
+        self.dropout, self.mask, self.seed, self.p, self.per_step = dropout, mask, seed, p, per_step
+        self.layout = Layout.of(self.input.size(0), hx.size(1), batch_sizes)
+        self.directions = hx.size(0) // num_layers
+        self.dtype, self.kept = input.dtype, state_dtype(input.dtype)
+
+    def rows(self, k: int) -> slice:
+        """Layer k's among the L * D."""
+        return slice(k * self.directions, (k + 1) * self.directions)
+
+    def weights_of(self, k: int) -> slice:
+        """Layer k's among the weights."""
+        each = len(self.weights) // self.layers
+        return slice(k * each, (k + 1) * each)
+
+    def layer(self, k: int, input: Tensor) -> Layer:
+        rows = self.rows(k)
+        hx, cx = (self.hx, self.cx) if self.layers == 1 else (self.hx[rows], self.cx[rows])
+        mask = None if self.mask is None else self.mask[rows]
+        # Without a probability the seed is that of dropout between layers alone.
+        seed = self.seed if self.p > 0 else None
+        drops = RecurrentDropout(mask, seed, self.p, self.per_step, rows.start)
+        directions = by_direction(self.weights[self.weights_of(k)], self.bias, hx.size(2) != cx.size(2))
+        return Layer(input, hx, cx, directions, self.layout, drops)
+
+    def drop(self, x: Tensor, k: int) -> Tensor:
+        """Dropout of layer k's output or, the same, of its gradient."""
+        if self.seed is None or self.dropout == 0 or k == self.layers - 1:
+            return x
+        draw = plan.drop if self.backend == "triton" else masks.drop
+        return draw(x, self.seed, masks.BETWEEN + k, self.dropout)
+
+
 def forward(
     input: Tensor,
     batch_sizes: Tensor | None,
     hx: Tensor,
     cx: Tensor,
     weights: list[Tensor],
+    num_layers: int,
     bias: bool,
+    dropout: float,
     mask: Tensor | None,
     seed: Tensor | None,
     p: float,
     per_step: bool,
-    stream: int,
     backend: str,
+    chunk: int,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Runs one layer.
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Runs all layers.
 
     Args:
         input: (N, I) with the layout that `lstm_triton.recurrence` says, or dense as (T, B, I); contiguous.
         batch_sizes: None for a dense batch, else (T,) on the CPU.
-        hx, cx: (D, B, K), (D, B, H).
-        weights, bias: as `lstm_triton.reference.layer` takes them.
-        mask, seed, p, per_step, stream: the fields of `RecurrentDropout`; "eager" takes masks only.
-        backend: "eager" or "triton".
-        save: whether gates and c are kept for backward.
+        hx, cx: (L * D, B, K), (L * D, B, H).
+        weights, num_layers, bias: as `lstm_triton.functional.lstm` takes them.
+        dropout: between layers, where there is a seed.
+        mask: None or (L * D, T or 1, B, K), what h is multiplied by before its product.
+        seed, p, per_step: fields of `RecurrentDropout`.
+        backend: "eager", "triton" or, with `chunk` alone, "torch".
+        chunk: steps whose gates are rebuilt at a time in backward; 0: all gates are kept.
+        save: whether a backward may follow.
 
     Returns:
-        The fields of `Recurrence`; the output has the leading sizes of the input.
+        output, with the leading sizes of the input; hn, cn as hx, cx; and what backward needs, nothing
+        without `save`: (N, D * K) outputs of all layers but the last, for each layer the activated gates
+        (D, N, 4H), for each c (D, N, H). With `chunk` the gates are empty and c is that before each
+        window but the first, (windows - 1, D, B, H).
     """
-    dtype, leading = input.dtype, input.shape[:-1]
-    input = _flat(input)
-    dropout = RecurrentDropout(mask, seed, p, per_step, stream)
-    if backend == "eager" and dtype in _HALF:  # its cell state is then float32 as everywhere
-        input, hx, cx, *weights = (x.float() for x in (input, hx, cx, *weights))
-    layout = Layout.of(input.size(0), hx.size(1), batch_sizes)
-    directions = by_direction(weights, bias, hx.size(2) != cx.size(2))
-    with gemms_as_rnn(input):
-        if backend == "eager":
-            result = eager.forward(_input_product(input, directions), hx, cx, *_recurrent(directions), layout, mask)
-        else:
-            chosen = plan.of(input, hx, cx)
-            products = None if chosen.fused else _input_product(input, directions)
-            result = plan.forward(chosen, input, products, hx, cx, directions, layout, dropout, save)
-    gates, c = (result.gates, result.c) if save else (result.gates.new_empty(0), result.c.new_empty(0))
-    output = result.output if len(leading) == 1 else result.output.view(*leading, -1)
-    if output.dtype == dtype:
-        return output, result.hn, result.cn, gates, c
-    return output.to(dtype), result.hn.to(dtype), result.cn.to(dtype), gates, c
+    stack = _Stack(
+        input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend
+    )  # fmt: skip
+    recompute = save and chunk > 0
+    x = stack.input
+    width = stack.directions * hx.size(2)
+    hn, cn, outputs, gates, cells = [], [], [], [], []
+    with gemms_as_rnn(x):
+        for k in range(num_layers):
+            layer = stack.layer(k, x)
+            engine = _ENGINES[backend](layer)
+            y = x.new_empty(x.size(0), width)
+            h, c, borders = layer.hx, layer.cx.to(stack.kept), []
+            for window in windows(layer.layout, chunk if recompute else 0 if save else engine.window_length):
+                if recompute and window.first > 0:
+                    borders.append(c)
+                h, c, kept_gates, kept_c = engine.forward(window, y, h, c, save and not recompute)
+            hn.append(h.to(stack.dtype))
+            cn.append(c.to(stack.dtype))
+            if recompute:
+                kept_gates = y.new_empty(0)
+                kept_c = torch.stack(borders) if borders else c.new_empty(0, *c.shape)
+            outputs.append(y)
+            gates.append(kept_gates)
+            cells.append(kept_c)
+            x = stack.drop(y, k)
+    output = x if input.dim() == 2 else x.view(*input.shape[:-1], width)
+    kept = [*outputs[:-1], *gates, *cells] if save else []
+    if num_layers == 1:
+        return output, hn[0], cn[0], kept
+    return output, torch.cat(hn), torch.cat(cn), kept
 
 
 def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.view(-1, x.size(-1))
 
 
-def _input_product(input: Tensor, directions: list[Direction]) -> Tensor:
-    """(D, N, 4H): the input times weight_ih, with both biases."""
-    gates = input.new_empty(len(directions), input.size(0), directions[0][0].size(0))
-    for out, (w_ih, _, b_ih, b_hh, _) in zip(gates, directions, strict=True):
-        if b_ih is None or b_hh is None:
-            torch.mm(input, w_ih.t(), out=out)
-        else:
-            torch.addmm(b_ih + b_hh, input, w_ih.t(), out=out)
-    return gates
+lstm = torch.library.custom_op("lstm_triton::lstm", forward, mutates_args=())
 
 
-def _recurrent(directions: list[Direction]) -> tuple[list[Tensor], list[Tensor]]:
-    """weight_hh and (empty without projections) weight_hr of each direction."""
-    return [d[1] for d in directions], [d[4] for d in directions if d[4] is not None]
-
-
-layer = torch.library.custom_op("lstm_triton::layer", forward, mutates_args=())
-
-
-@layer.register_fake
-def _(input, batch_sizes, hx, cx, weights, bias, mask, seed, p, per_step, stream, backend, save):
-    leading, (directions, batch, size), hidden = input.shape[:-1], hx.shape, cx.size(2)
-    total = math.prod(leading)
-    kept = state_dtype(input.dtype)
-    gates = (directions, total, 4 * hidden) if save else (0,)
+@lstm.register_fake
+def _(
+    input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend, chunk, save
+):  # fmt: skip
+    leading, (count, batch, size), hidden = input.shape[:-1], hx.shape, cx.size(2)
+    directions, total = count // num_layers, math.prod(leading)
+    kept, states = [], state_dtype(input.dtype)
+    if save:
+        kept = [input.new_empty(total, directions * size) for _ in range(num_layers - 1)]
+        gates: tuple[int, ...] = (directions, total, 4 * hidden)
+        cells: tuple[int, ...] = (directions, total, hidden)
+        if chunk > 0:
+            steps = total // batch if batch_sizes is None else batch_sizes.size(0)
+            gates, cells = (0,), ((steps + chunk - 1) // chunk - 1, directions, batch, hidden)
+        dtype = states if backend == "eager" and not chunk else input.dtype
+        kept += [input.new_empty(gates, dtype=dtype) for _ in range(num_layers)]
+        kept += [input.new_empty(cells, dtype=states) for _ in range(num_layers)]
     return (
         input.new_empty(*leading, directions * size),
-        input.new_empty(directions, batch, size),
-        input.new_empty(directions, batch, hidden),
-        input.new_empty(gates, dtype=kept if backend == "eager" else input.dtype),
-        input.new_empty((directions, total, hidden) if save else (0,), dtype=kept),
+        input.new_empty(hx.shape),
+        input.new_empty(cx.shape),
+        kept,
     )
 
 
@@ -148,16 +223,17 @@ def backward(
     hx: Tensor,
     cx: Tensor,
     weights: list[Tensor],
+    num_layers: int,
     bias: bool,
+    dropout: float,
     mask: Tensor | None,
     seed: Tensor | None,
     p: float,
     per_step: bool,
-    stream: int,
     backend: str,
+    chunk: int,
     output: Tensor,
-    gates: Tensor,
-    c: Tensor,
+    kept: list[Tensor],
     input_wanted: bool,
     weights_wanted: bool,
 ) -> list[Tensor]:
@@ -165,57 +241,115 @@ def backward(
 
     Those of the input and of the weights are empty where they aren't wanted.
     """
-    dtype, shape = input.dtype, input.shape
-    input, output, doutput = _flat(input), _flat(output), _flat(doutput)
-    dropout = RecurrentDropout(mask, seed, p, per_step, stream)
-    if backend == "eager" and dtype in _HALF:
-        doutput, dhn, dcn, input, hx, cx, output, *weights = (
-            x.float() for x in (doutput, dhn, dcn, input, hx, cx, output, *weights)
-        )
-    layout = Layout.of(input.size(0), hx.size(1), batch_sizes)
-    directions = by_direction(weights, bias, hx.size(2) != cx.size(2))
-    saved = Recurrence(output, dhn, dcn, gates, c)
-    with gemms_as_rnn(input):
-        if backend == "eager":
-            found = eager.backward(doutput, dhn, dcn, saved, hx, cx, *_recurrent(directions), layout, mask)
-        else:
-            wanted = input_wanted, weights_wanted
-            chosen = plan.of(input, hx, cx)
-            whole = plan.backward(chosen, doutput, dhn, dcn, saved, input, hx, cx, directions, layout, dropout, wanted)
-            if isinstance(whole, LayerGradients):
-                dinput = whole.dinput.view(shape) if input_wanted else whole.dinput
-                return [dinput, whole.dhx, whole.dcx, *whole.dweights]
-            found = whole
-        dinput = torch.empty_like(input) if input_wanted else input.new_empty(0)
+    stack = _Stack(
+        input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend
+    )  # fmt: skip
+    outputs = [*kept[: num_layers - 1], _flat(output)]
+    gates, cells = kept[num_layers - 1 : 2 * num_layers - 1], kept[2 * num_layers - 1 :]
+    parts = windows(stack.layout, chunk)
+    dy = _flat(doutput)
+    dhx, dcx, dweights = [dhn] * num_layers, [dcn] * num_layers, list(weights)
+    with gemms_as_rnn(stack.input):
+        for k in range(num_layers - 1, -1, -1):
+            rows, y = stack.rows(k), outputs[k]
+            layer = stack.layer(k, stack.input if k == 0 else stack.drop(outputs[k - 1], k - 1))
+            engine = _ENGINES[backend](layer)
+            sums = _Sums(layer, bias, len(parts) > 1, input_wanted or k > 0, weights_wanted)
+            dh, dc = dhn[rows].to(stack.kept), dcn[rows].to(stack.kept)
+            cx_k = layer.cx.to(stack.kept)
+            for index, window in reversed(list(enumerate(parts))):
+                if chunk:
+                    h, c = window.state_before(y, layer.hx), cells[k][index - 1] if index else cx_k
+                    saved = engine.rebuild(window, y, h, c)
+                else:
+                    h, c, saved = layer.hx, cx_k, Saved(gates[k], cells[k])
+                found = engine.backward(window, y, dy, saved, h, c, dh, dc, sums.input_wanted, weights_wanted)
+                sums.add(window, found, saved)
+                dh, dc = found.dhx, found.dcx
+            dhx[k], dcx[k] = dh.to(stack.dtype), dc.to(stack.dtype)
+            dweights[stack.weights_of(k)] = sums.weights()
+            dy = stack.drop(sums.dinput, k - 1) if k else sums.dinput
+    dinput = dy.view(input.shape) if input_wanted else input.new_empty(0)
+    states = [dhx[0], dcx[0]] if num_layers == 1 else [torch.cat(dhx), torch.cat(dcx)]
+    return [dinput, *states, *(dweights if weights_wanted else [w.new_empty(0) for w in weights])]
+
+
+class _Sums:
+    """The gradients of a layer's input and weights, added up over its windows.
+
+    Over several windows in the dtype that states are kept in, so that half precision rounds them once.
+    """
+
+    def __init__(self, layer: Layer, bias: bool, several: bool, input_wanted: bool, weights_wanted: bool) -> None:
+        self.layer, self.bias = layer, bias
+        self.several, self.input_wanted, self.weights_wanted = several, input_wanted, weights_wanted
+        self.dinput = layer.input.new_empty(0)
         if input_wanted:
-            for d, (w_ih, *_) in enumerate(directions):
-                torch.addmm(dinput, found.dgates[d], w_ih, beta=int(d > 0), out=dinput)
-        dweights = _weight_gradients(found, saved, input, bias) if weights_wanted else [w.new_empty(0) for w in weights]
-    gradients = [dinput.view(shape) if input_wanted else dinput, found.dhx, found.dcx, *dweights]
-    return [x if x.dtype == dtype else x.to(dtype) for x in gradients]
+            # Where windows overlap, as those of two directions do, all add to what is there.
+            both = several and len(layer.directions) > 1
+            self.dinput = torch.zeros_like(layer.input) if both else torch.empty_like(layer.input)
+        self.dweights: list[Tensor] = []
+
+    def add(self, window: Window, found: Gradients | LayerGradients, saved: Saved) -> None:
+        """What a window's backward found."""
+        if isinstance(found, LayerGradients):
+            self._add_weights(found.dweights)
+            if self.input_wanted:
+                for d, dx in enumerate(found.dinput):
+                    self._add_input(window, d, dx)
+            return
+        hidden = saved.c.size(2)
+        sums: list[Tensor] = []
+        for d, (w_ih, *_) in enumerate(self.layer.directions):
+            rows = window.rows(d)
+            own = slice(0, rows.stop - rows.start)
+            da = found.dgates[d, own]
+            if self.input_wanted:
+                self._add_input(window, d, da @ w_ih.to(da.dtype))
+            if self.weights_wanted:
+                x, h_prev = self.layer.input[rows].to(da.dtype), found.h_prev[d, own]
+                sums += [da.t() @ x, da.t() @ h_prev]
+                if self.bias:
+                    db = da.sum(0)
+                    sums += [db, db.clone()]  # operators may not return one tensor twice
+                if found.dh.numel():
+                    q = (saved.gates[d, own, 3 * hidden :] * torch.tanh(saved.c[d, own])).to(da.dtype)
+                    sums.append(found.dh[d, own].t() @ q)
+        self._add_weights(sums)
+
+    def _add_input(self, window: Window, d: int, dx: Tensor) -> None:
+        rows = window.rows(d)
+        own = self.dinput[rows]
+        dx = dx[: own.size(0)]
+        if not self.several and d == 0 and dx.dtype == own.dtype:
+            self.dinput = dx
+        elif self.several and len(self.layer.directions) > 1 or d > 0:
+            own.add_(dx)
+        else:
+            own.copy_(dx)
+
+    def _add_weights(self, found: list[Tensor]) -> None:
+        if not self.several or not self.weights_wanted:
+            self.dweights = found
+        elif not self.dweights:
+            kept = state_dtype(self.layer.input.dtype)
+            self.dweights = [x.to(kept) for x in found]
+        else:
+            for total, x in zip(self.dweights, found, strict=True):
+                total.add_(x)
+
+    def weights(self) -> list[Tensor]:
+        dtype = self.layer.input.dtype
+        return [x if x.dtype == dtype else x.to(dtype) for x in self.dweights]
 
 
-def _weight_gradients(found: Gradients, saved: Recurrence, input: Tensor, bias: bool) -> list[Tensor]:
-    gradients = []
-    hidden = saved.c.size(2)
-    for d, da in enumerate(found.dgates):
-        gradients += [da.t() @ input, da.t() @ found.h_prev[d]]
-        if bias:
-            db = da.sum(0)
-            gradients += [db, db.clone()]  # operators may not return one tensor twice
-        if found.dh.numel():
-            q = (saved.gates[d, :, 3 * hidden :] * torch.tanh(saved.c[d])).to(da.dtype)
-            gradients.append(found.dh[d].t() @ q)
-    return gradients
+lstm_backward = torch.library.custom_op("lstm_triton::lstm_backward", backward, mutates_args=())
 
 
-layer_backward = torch.library.custom_op("lstm_triton::layer_backward", backward, mutates_args=())
-
-
-@layer_backward.register_fake
+@lstm_backward.register_fake
 def _(
-    doutput, dhn, dcn, input, batch_sizes, hx, cx, weights, bias, mask, seed, p, per_step, stream, backend,
-    output, gates, c, input_wanted, weights_wanted,
+    doutput, dhn, dcn, input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step,
+    backend, chunk, output, kept, input_wanted, weights_wanted,
 ):  # fmt: skip
     return [
         input.new_empty(input.shape if input_wanted else 0),
@@ -225,41 +359,52 @@ def _(
     ]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[3:])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.mark_non_differentiable(*output[3])
     _save(ctx, inputs, output)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, batch_sizes, hx, cx, weights, ctx.bias, mask, seed, *ctx.options, _ = inputs
-    y, _, _, gates, c = output
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    input, batch_sizes, hx, cx, weights, *options, _ = inputs
+    ctx.layers, ctx.bias, ctx.dropout, mask, seed, *ctx.options = options
+    y, _, _, kept = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, batch_sizes, hx, cx, mask, seed, y, gates, c, *weights)
+    ctx.save_for_backward(input, batch_sizes, hx, cx, mask, seed, y, *weights, *kept)
+    ctx.count = len(weights)
 
 
-def _gradients(run: Callable[..., list[Tensor]], ctx: Any, dy: Any, dhn: Any, dcn: Any, *_: None) -> tuple[Any, ...]:
+def _gradients(run: Callable[..., list[Tensor]], ctx: Any, dy: Any, dhn: Any, dcn: Any, *_: Any) -> tuple[Any, ...]:
     """The gradients of `forward`'s arguments; `run` is `backward`, as a function or an operator."""
-    input, batch_sizes, hx, cx, mask, seed, y, gates, c, *weights = ctx.saved_tensors
-    p, per_step, stream, backend = ctx.options
+    input, batch_sizes, hx, cx, mask, seed, y, *rest = ctx.saved_tensors
+    weights, kept = rest[: ctx.count], rest[ctx.count :]
+    p, per_step, backend, chunk = ctx.options
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
     dhn = torch.zeros_like(hx) if dhn is None else dhn.contiguous()
     dcn = torch.zeros_like(cx) if dcn is None else dcn.contiguous()
     input_wanted, weights_wanted = ctx.needs_input_grad[0], any([w.requires_grad for w in weights])
-    if torch.is_grad_enabled():  # a graph of this backward is wanted: take the plainly written layer's
+    if torch.is_grad_enabled():  # a graph of this backward is wanted: take the plainly written layers'
         steps = Layout.of(_flat(input).size(0), hx.size(1), batch_sizes).steps
-        mask = RecurrentDropout(mask, seed, p, per_step, stream).drawn(steps, hx)
+        mask = RecurrentDropout(mask, seed if p > 0 else None, p, per_step).drawn(steps, hx)
+        bidirectional = hx.size(0) == 2 * ctx.layers
+
+        def between(x: Tensor, k: int) -> Tensor:
+            if seed is None or ctx.dropout == 0:
+                return x
+            ones = torch.ones_like(x, requires_grad=False)
+            return x * masks.drop(ones, seed, masks.BETWEEN + k, ctx.dropout)
 
         def rerun(input: Tensor, hx: Tensor, cx: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-            output, hn, cn = reference.layer(_flat(input), hx, cx, list(weights), ctx.bias, batch_sizes, mask)
-            return output.view(y.shape), hn, cn
+            return reference.lstm(
+                input, (hx, cx), list(weights), batch_sizes, ctx.layers, ctx.bias, bidirectional, False, mask, between
+            )
 
         gradients: Sequence[Tensor | None] = reference.differentiable_vjp(
             rerun, [input, hx, cx, *weights], [dy, dhn, dcn]
         )
     else:
         gradients = run(
-            dy, dhn, dcn, input, batch_sizes, hx, cx, weights, ctx.bias, mask, seed, *ctx.options,
-            y, gates, c, input_wanted, weights_wanted,
+            dy, dhn, dcn, input, batch_sizes, hx, cx, weights, ctx.layers, ctx.bias, ctx.dropout, mask, seed,
+            *ctx.options, y, kept, input_wanted, weights_wanted,
         )  # fmt: skip
     dinput, dhx, dcx, *dweights = gradients
     return (
@@ -268,15 +413,16 @@ def _gradients(run: Callable[..., list[Tensor]], ctx: Any, dy: Any, dhn: Any, dc
         dhx,
         dcx,
         dweights if weights_wanted else [None] * len(weights),
-        *[None] * 8,
+        *[None] * _OPTIONS,
     )
 
 
-layer.register_autograd(partial(_gradients, layer_backward), setup_context=_setup_context)
+_OPTIONS = 10  # of `forward`, behind the weights
+lstm.register_autograd(partial(_gradients, lstm_backward), setup_context=_setup_context)
 
 
-class _Layer(torch.autograd.Function):
-    """`layer` for calls that nothing traces, with a fraction of an operator's overhead.
+class _Function(torch.autograd.Function):
+    """`lstm` for calls that nothing traces, with a fraction of an operator's overhead.
 
     `save_for_backward` and the engine see tensors among the arguments only, not in lists: weights come last, unpacked.
     """
@@ -294,31 +440,32 @@ class _Layer(torch.autograd.Function):
         return dinput, batch_sizes, dhx, dcx, *rest, *dweights
 
 
-class _TransformedLayer(_Layer):
+class _Transformed(_Function):
     """The same in the form that `torch.func`'s transforms take, which costs a look at the signature in each call."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return forward(*_packed(arguments))
+        output, hn, cn, kept = forward(*_packed(arguments))
+        return output, hn, cn, *kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _setup_context(ctx, _packed(inputs), output)
+        _setup_context(ctx, _packed(inputs), (*output[:3], list(output[3:])))
 
 
 def _packed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of `_Layer` as `forward` takes them."""
-    return *arguments[:4], list(arguments[12:]), *arguments[4:12]
+    """The arguments of `_Function` as `forward` takes them."""
+    return *arguments[:4], list(arguments[4 + _OPTIONS :]), *arguments[4 : 4 + _OPTIONS]
 
 
 def run(
     input: Tensor, batch_sizes: Tensor | None, hx: Tensor, cx: Tensor, weights: list[Tensor], *options: Any
-) -> tuple[Tensor, ...]:
-    """`forward` with gradients, in the way that suits the call; arguments and results as there."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward` with gradients, in the way that suits the call; arguments and results as there, but for the last."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return layer(input, batch_sizes, hx, cx, weights, *options)
+        return lstm(input, batch_sizes, hx, cx, weights, *options)[:3]
     if torch._C._are_functorch_transforms_active():
-        return _TransformedLayer.apply(input, batch_sizes, hx, cx, *options, *weights)
+        return _Transformed.apply(input, batch_sizes, hx, cx, *options, *weights)[:3]
     if not options[-1]:  # nothing is kept for a backward, so there is none
-        return forward(input, batch_sizes, hx, cx, weights, *options)
-    return _Layer.apply(input, batch_sizes, hx, cx, *options, *weights)
+        return forward(input, batch_sizes, hx, cx, weights, *options)[:3]
+    return _Function.apply(input, batch_sizes, hx, cx, *options, *weights)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from lstm_triton.dropout import PER_CALL
-from lstm_triton.recurrence import Gradients, LayerGradients, Layout, Recurrence, RecurrentDropout
-from lstm_triton.reference import Direction
+from lstm_triton.recurrence import Gradients, Layer, LayerGradients, Pass, Saved, Window
 
 STRATEGIES = ("persistent", "step")
 
@@ -24,6 +23,8 @@ SHARED_BYTES = 163 * 1024
 
 # Rows of the batch that a program on a CPU has at most.
 CPU_ROWS = 64
+# Steps that take as long as what a program does once: loading the weights and, fused, storing their gradients.
+PROGRAM_STEPS = 16
 # A fused kernel on a CPU goes through all weights, and their gradients, in each step: where there are more than the
 # first number of them, it wants so many rows for each time, and never pays beyond the second (bench/cpu.py).
 FUSED_WEIGHTS, FUSED_ROWS, FUSED_MOST_WEIGHTS = 32 * 1024, 8, 1024 * 1024
@@ -94,7 +95,14 @@ def choose(
 
 @lru_cache(maxsize=256)
 def choose_on_cpu(
-    batch: int, features: int, hidden: int, size: int, directions: int, threads: int, forced: str | None = None
+    batch: int,
+    features: int,
+    hidden: int,
+    size: int,
+    directions: int,
+    threads: int,
+    forced: str | None = None,
+    lengths: tuple[int, ...] | None = None,
 ) -> Plan:
     """The plan for a layer in native kernels on a CPU.
 
@@ -104,12 +112,20 @@ def choose_on_cpu(
         directions: D.
         threads: that run the programs, each of which has a direction of some rows of the batch.
         forced: the strategy to take.
+        lengths: of a packed batch, how many steps each of its rows has, the longest first.
     """
 
     def cost(rows: int) -> int:
         # Of the busiest thread: its rows, those past the batch among them, and something for each program.
-        programs = -(-batch // rows) * directions
-        return -(-programs // threads) * (rows + 2)
+        if lengths is None:
+            programs = -(-batch // rows) * directions
+            return -(-programs // threads) * (rows + 2)
+        # A program ends with the longest of its rows; threads take one after the other.
+        busy = [0] * threads
+        for steps in lengths[::rows]:
+            for _ in range(directions):
+                busy[busy.index(min(busy))] += (steps + PROGRAM_STEPS) * (rows + 2)
+        return max(busy)
 
     block_b = min((1 << k for k in range(CPU_ROWS.bit_length())), key=lambda rows: (cost(rows), -rows))
     block_h, block_k = max(PER_CALL, _power(hidden)), max(PER_CALL, _power(size))
@@ -158,55 +174,90 @@ def _device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device_of(x) if x.is_cuda else _NOTHING
 
 
-def of(input: Tensor, hx: Tensor, cx: Tensor) -> Plan:
-    """The plan for a layer's call: input (N, I), hx (D, B, K), cx (D, B, H)."""
+def of(layer: Layer) -> Plan:
+    """The plan for a layer's call."""
     interpreted, shared = _kernels().INTERPRETED, SHARED_BYTES
+    input, (_, batch, size), hidden = layer.input, layer.hx.shape, layer.cx.size(2)
     if input.is_cuda:
         properties = torch.cuda.get_device_properties(input.device)
         shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
     elif not interpreted:
-        (directions, batch, size), hidden = hx.shape, cx.size(2)
-        threads = torch.get_num_threads()
-        return choose_on_cpu(batch, input.size(1), hidden, size, directions, threads, _forced)
-    return choose(hx.size(1), cx.size(2), hx.size(2), input.dtype, shared, interpreted)
+        lengths = None if layer.layout.is_dense else tuple(layer.layout.lengths)
+        threads, directions = torch.get_num_threads(), len(layer.directions)
+        return choose_on_cpu(batch, input.size(1), hidden, size, directions, threads, _forced, lengths)
+    return choose(batch, hidden, size, input.dtype, shared, interpreted)
 
 
-def forward(
-    plan: Plan,
-    input: Tensor,
-    gates: Tensor | None,
-    hx: Tensor,
-    cx: Tensor,
-    directions: list[Direction],
-    layout: Layout,
-    dropout: RecurrentDropout,
-    save: bool,
-) -> Recurrence:
-    """`lstm_triton.eager.forward` by Triton kernels; `gates` None where the plan is fused."""
-    launch = _kernels().Launch.of(plan, input, hx, cx, directions, layout, dropout)
-    with _device_of(input):
-        return _kernels().STRATEGIES[plan.strategy].forward(launch, gates, hx.contiguous(), cx.contiguous(), save)
+def drop(x: Tensor, seed: Tensor, stream: int, p: float) -> Tensor:
+    """`lstm_triton.dropout.drop` by a Triton kernel."""
+    with _device_of(x):
+        return _kernels().dropout.drop(x, seed, stream, p)
 
 
-def backward(
-    plan: Plan,
-    doutput: Tensor,
-    dhn: Tensor,
-    dcn: Tensor,
-    saved: Recurrence,
-    input: Tensor,
-    hx: Tensor,
-    cx: Tensor,
-    directions: list[Direction],
-    layout: Layout,
-    dropout: RecurrentDropout,
-    wanted: tuple[bool, bool],
-) -> Gradients | LayerGradients:
-    """`lstm_triton.eager.backward` by Triton kernels; where the plan is fused, all of the layer's.
+class Kernels:
+    """A layer's call by Triton kernels."""
 
-    `wanted`: whether the gradients of the input and those of the weights are.
-    """
-    launch = _kernels().Launch.of(plan, input, hx, cx, directions, layout, dropout)
-    strategy, states = _kernels().STRATEGIES[plan.strategy], (hx.contiguous(), cx.contiguous())
-    with _device_of(input):
-        return strategy.backward(launch, doutput, dhn, dcn, saved, *states, *(wanted if plan.fused else ()))
+    def __init__(self, layer: Layer) -> None:
+        self.layer, self.plan = layer, of(layer)
+        self.launch = _kernels().Launch.of(self.plan, layer)
+        self.strategy = _kernels().STRATEGIES[self.plan.strategy]
+
+    @property
+    def window_length(self) -> int:
+        """Steps to run at a time where nothing is kept; 0: all."""
+        return 0 if self.plan.fused else self.layer.window_length()
+
+    def forward(self, window: Window, output: Tensor, hx: Tensor, cx: Tensor, save: bool) -> Pass:
+        """Runs the recurrence over a window.
+
+        Args:
+            window: the steps.
+            output: (N, D * K), of which the window's rows are written.
+            hx: (D, B, K), cx: (D, B, H) in the state's dtype: before the window.
+            save: whether gates and c are kept for backward.
+        """
+        products = None if self.plan.fused else self.layer.products(window)
+        with _device_of(output):
+            return self.strategy.forward(self.launch, window, products, output, hx, cx, save)
+
+    def rebuild(self, window: Window, output: Tensor, hx: Tensor, cx: Tensor) -> Saved:
+        """What `forward` keeps of a window, from the outputs; hx, cx as there."""
+        rebuild = _kernels().rebuild
+        gates = self.layer.products(window)
+        with _device_of(output):
+            h_prev = rebuild.multiplied(self.launch, window, output, hx)
+            for d, (_, w_hh, *_) in enumerate(self.layer.directions):
+                gates[d].addmm_(h_prev[d], w_hh.t())
+            return Saved(gates, rebuild.activate(self.launch, window, gates, cx), h_prev)
+
+    def backward(
+        self,
+        window: Window,
+        output: Tensor,
+        doutput: Tensor,
+        saved: Saved,
+        hx: Tensor,
+        cx: Tensor,
+        dhn: Tensor,
+        dcn: Tensor,
+        *wanted: bool,
+    ) -> Gradients | LayerGradients:
+        """The gradients of `forward`; where the plan is fused, all of the layer's.
+
+        Args:
+            window, output, hx, cx: as there.
+            doutput: (N, D * K).
+            saved: what forward kept of the window, or `rebuild` returned.
+            dhn, dcn: (D, B, K), (D, B, H) in the state's dtype: of the states after the window.
+            wanted: whether the gradients of the input and those of the weights are.
+        """
+        with _device_of(output):
+            found = self.strategy.backward(
+                self.launch, window, output, doutput, saved, hx, cx, dhn, dcn, *wanted
+            )  # fmt: skip
+            if isinstance(found, LayerGradients):
+                return found
+            h_prev = saved.h_prev
+            if h_prev is None:
+                h_prev = _kernels().rebuild.multiplied(self.launch, window, output, hx)
+            return found._replace(h_prev=h_prev)

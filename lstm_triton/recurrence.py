@@ -8,7 +8,8 @@ size and K the size of h: `proj_size` where there is one, else H.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -16,29 +17,40 @@ from torch import Tensor
 
 from lstm_triton import dropout
 
+# The weights of a direction: w_ih, w_hh, b_ih, b_hh, w_hr.
+Direction = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
 
 @dataclass(frozen=True)
 class Layout:
     """Where each time step's rows are: step t holds batch rows 0 … rows[t]-1 at starts[t] …"""
 
-    starts: list[int]
-    rows: list[int]
+    starts: Sequence[int]
+    rows: Sequence[int]
     batch: int  # B: rows[0], the most of any step
 
     @staticmethod
     @lru_cache(maxsize=64)
     def dense(steps: int, batch: int) -> "Layout":
-        return Layout([t * batch for t in range(steps)], [batch] * steps, batch)
+        return Layout(range(0, steps * batch, batch), [batch] * steps, batch)
 
     @classmethod
     def of(cls, total: int, batch: int, batch_sizes: Tensor | None) -> "Layout":
-        """From N, B and, for a packed batch, the (T,) numbers of rows of the steps."""
+        """From N, B and, for a packed batch, the (T,) numbers of rows of the steps.
+
+        Raises:
+            ValueError: no packed batch has these numbers.
+        """
         if batch_sizes is None:
             return cls.dense(total // batch, batch)
         rows = batch_sizes.tolist()
-        starts = [0] * len(rows)
-        for t in range(1, len(rows)):
-            starts[t] = starts[t - 1] + rows[t - 1]
+        starts = [0, *accumulate(rows)]
+        # Kernels would read and write beyond their tensors.
+        if starts.pop() != total or rows[0] != batch or rows[-1] < 1 or rows != sorted(rows, reverse=True):
+            raise ValueError(
+                f"batch_sizes should be positive numbers that never increase, begin with the batch size {batch} and "
+                f"add up to the {total} rows of input, got {batch_sizes}"
+            )
         return cls(starts, rows, batch)
 
     @property
@@ -53,19 +65,35 @@ class Layout:
     def is_dense(self) -> bool:
         return self.rows[-1] == self.batch
 
+    @cached_property
+    def lengths(self) -> list[int]:
+        """How many steps each batch row has, the longest first."""
+        found: list[int] = []
+        for t in range(self.steps - 1, -1, -1):
+            found += [t + 1] * (self.rows[t] - len(found))
+        return found
+
     def order(self, reverse: bool) -> range:
         """Time steps in the order in which a direction passes them."""
         return range(self.steps - 1, -1, -1) if reverse else range(self.steps)
 
+    def part(self, low: int, high: int) -> "Layout":
+        """The layout of steps low … high - 1 by themselves."""
+        if low == 0 and high == self.steps:
+            return self
+        first = self.starts[low]
+        return Layout([x - first for x in self.starts[low:high]], self.rows[low:high], self.rows[low])
+
     def split(self, flat: Tensor, reverse: bool) -> Sequence[Tensor]:
         """Views of the rows of each step in `flat` (N, ·), in the order of `reverse`."""
-        views = flat.unflatten(0, (self.steps, self.batch)).unbind(0) if self.is_dense else flat.split(self.rows)
+        dense = self.is_dense
+        views = flat.unflatten(0, (self.steps, self.batch)).unbind(0) if dense else flat.split(list(self.rows))
         return views[::-1] if reverse else views
 
     def masks(self, mask: Tensor, reverse: bool) -> Sequence[Tensor]:
         """A direction's mask (T or 1, B, K) as one of the rows of each step, in the order of `reverse`."""
         views = mask.unbind(0) if mask.size(0) > 1 else [mask[0]] * self.steps
-        if not self.is_dense:
+        if not self.is_dense or mask.size(1) > self.batch:
             views = [m[:rows] for m, rows in zip(views, self.rows, strict=True)]
         return views[::-1] if reverse else views
 
@@ -76,19 +104,85 @@ class Layout:
             flat: (N, ·) the state after each step.
             initial: (B, ·) the state before the first one.
         """
-        if self.is_dense:
-            if reverse:
-                return torch.cat([flat[self.batch :], initial])
-            return torch.cat([initial, flat[: -self.batch]])
         pieces = []
-        for t in range(self.steps):
-            source, rows = (t + 1, self.rows[t]) if reverse else (t - 1, self.rows[t])
+        first = 0
+        for rows, steps in groupby(self.rows):  # steps of as many rows lie as their predecessors do, but for one
+            last = first + len(list(steps)) - 1
+            skipped = rows if reverse else 0
+            inner = flat[self.starts[first] + skipped : self.starts[last] + skipped]
+            source = last + 1 if reverse else first - 1
             known = min(rows, self.rows[source]) if 0 <= source < self.steps else 0
+            outer = [initial[known:rows]]
             if known:
-                pieces.append(flat[self.starts[source] : self.starts[source] + known])
-            if known < rows:
-                pieces.append(initial[known:rows])
+                start = self.starts[source]
+                outer.insert(0, flat[start : start + known])
+            pieces += [inner, *outer] if reverse else [*outer, inner]
+            first = last + 1
         return torch.cat(pieces)
+
+    def reversal(self, device: torch.device) -> Tensor:
+        """(N,) where each row's steps are when they are taken from its last to its first; its own inverse."""
+        rows = torch.tensor(self.rows, device=device)
+        starts = torch.tensor(self.starts, device=device)
+        step = torch.repeat_interleave(torch.arange(self.steps, device=device), rows)
+        row = torch.arange(self.total, device=device) - starts[step]
+        return starts[torch.tensor(self.lengths, device=device)[row] - 1 - step] + row
+
+
+class Window(NamedTuple):
+    """Some steps of a layer: those that each direction's pass has at its places first … last - 1.
+
+    Direction 0 has them counted from the sequence's start, direction 1 from its end. What belongs to a
+    window alone, such as its gates, is (D, n, ·): n is the number of rows of the direction that has more.
+    """
+
+    layout: Layout
+    first: int
+    last: int
+
+    @property
+    def whole(self) -> bool:
+        return self.last - self.first == self.layout.steps
+
+    def steps(self, d: int) -> tuple[int, int]:
+        """Direction d's first time step and the one after its last."""
+        return (self.first, self.last) if d == 0 else (self.layout.steps - self.last, self.layout.steps - self.first)
+
+    def rows(self, d: int) -> slice:
+        """Direction d's rows among the N."""
+        low, high = self.steps(d)
+        layout = self.layout
+        return slice(layout.starts[low], layout.starts[high - 1] + layout.rows[high - 1])
+
+    def part(self, d: int) -> Layout:
+        """The layout of direction d's steps."""
+        return self.layout.part(*self.steps(d))
+
+    def size(self, directions: int) -> int:
+        """n."""
+        if self.whole:
+            return self.layout.total
+        return max(rows.stop - rows.start for rows in map(self.rows, range(directions)))
+
+    def state_before(self, output: Tensor, hx: Tensor) -> Tensor:
+        """(D, B, K) what h was before the window, of rows that have a step in it: from output (N, D * K) and hx."""
+        if self.first == 0:
+            return hx
+        state, size = hx.clone(), hx.size(2)
+        for d in range(hx.size(0)):
+            low, high = self.steps(d)
+            t = low - 1 if d == 0 else high
+            start, rows = self.layout.starts[t], self.layout.rows[t]
+            state[d, :rows] = output[start : start + rows, d * size : (d + 1) * size]
+        return state
+
+
+def windows(layout: Layout, length: int) -> list[Window]:
+    """A layer's steps, `length` at a time; 0: all at once."""
+    steps = layout.steps
+    if length <= 0 or length >= steps:
+        return [Window(layout, 0, steps)]
+    return [Window(layout, k, min(k + length, steps)) for k in range(0, steps, length)]
 
 
 class RecurrentDropout(NamedTuple):
@@ -100,43 +194,107 @@ class RecurrentDropout(NamedTuple):
     per_step: bool = True  # a fresh mask each time step, else one for the sequence
     stream: int = 0  # that of direction 0; direction 1 has the next
 
+    @property
+    def active(self) -> bool:
+        return self.mask is not None or self.seed is not None
+
     def drawn(self, steps: int, hx: Tensor) -> Tensor | None:
         """The mask as a tensor (D, T or 1, B, K) in the dtype of `hx`, (D, B, K); None without dropout."""
         if self.seed is None:
             return None if self.mask is None else self.mask.to(hx.dtype)
         directions, batch, size = hx.shape
         streams = range(self.stream, self.stream + directions)
-        count = steps if self.per_step else 1
-        return dropout.recurrent_masks(self.seed, streams, count, batch, size, self.p, hx.dtype)
+        count = range(steps if self.per_step else 1)
+        return dropout.masks(self.seed, streams, count, range(batch), size, self.p, hx.dtype)
+
+    def of_steps(self, d: int, low: int, high: int, h: Tensor) -> Tensor | None:
+        """Direction d's mask in steps low … high - 1, (steps or 1, B, K), for `h` (B, K); None without dropout."""
+        if self.mask is not None:
+            mask = self.mask[d].to(h.dtype)
+            return mask[low:high] if mask.size(0) > 1 else mask
+        if self.seed is None:
+            return None
+        streams, steps = range(self.stream + d, self.stream + d + 1), range(low, high) if self.per_step else range(1)
+        return dropout.masks(self.seed, streams, steps, range(h.size(0)), h.size(1), self.p, h.dtype)[0]
 
 
-class Recurrence(NamedTuple):
-    """What forward returns."""
+class Layer(NamedTuple):
+    """One layer's call: what every way of running it takes."""
 
-    output: Tensor  # (N, D * K)
-    hn: Tensor  # (D, B, K)
-    cn: Tensor  # (D, B, H)
-    gates: Tensor  # (D, N, 4H) activated i, f, g, o; empty where nothing is saved
-    c: Tensor  # (D, N, H) float32 or float64; empty where nothing is saved
+    input: Tensor  # (N, I)
+    hx: Tensor  # (D, B, K)
+    cx: Tensor  # (D, B, H)
+    directions: list[Direction]
+    layout: Layout
+    dropout: RecurrentDropout
+
+    def window_length(self) -> int:
+        """How many steps' products of the input, (D, n, 4H), are made at a time where nothing is kept."""
+        gates = 4 * len(self.directions) * self.cx.size(2)
+        layout = self.layout
+        return steps_within(gates * self.input.element_size(), layout.steps, layout.total, self.input.device)
+
+    def products(self, window: Window) -> Tensor:
+        """(D, n, 4H): the window's input times weight_ih, with both biases."""
+        dtype = self.directions[0][0].dtype
+        gates = self.input.new_empty(
+            len(self.directions), window.size(len(self.directions)), 4 * self.cx.size(2), dtype=dtype
+        )
+        for d, (w_ih, _, b_ih, b_hh, _) in enumerate(self.directions):
+            rows = window.rows(d)
+            x, out = self.input[rows].to(dtype), gates[d, : rows.stop - rows.start]
+            if b_ih is None or b_hh is None:
+                torch.mm(x, w_ih.t(), out=out)
+            else:
+                torch.addmm(b_ih + b_hh, x, w_ih.t(), out=out)
+        return gates
+
+
+class Saved(NamedTuple):
+    """What backward needs of a window's forward, beside outputs and states."""
+
+    gates: Tensor  # (D, n, 4H) activated i, f, g, o
+    c: Tensor  # (D, n, H) float32 or float64
+    h_prev: Tensor | None = None  # (D, n, K) the masked h that each step multiplied, where it is known by then
+
+
+class Pass(NamedTuple):
+    """What a window's forward returns."""
+
+    hn: Tensor  # (D, B, K) the states after it
+    cn: Tensor  # (D, B, H) float32 or float64
+    gates: Tensor  # as of `Saved`; empty where nothing is saved, as is c
+    c: Tensor
 
 
 class Gradients(NamedTuple):
-    """What backward returns: all that the weight gradients are products of."""
+    """What a window's backward returns: all that the gradients of input and weights are products of."""
 
-    dgates: Tensor  # (D, N, 4H) with respect to the gates before activation
-    dhx: Tensor  # (D, B, K)
-    dcx: Tensor  # (D, B, H)
-    h_prev: Tensor  # (D, N, K) the masked h that each step multiplied
-    dh: Tensor  # (D, N, K) with respect to each step's h; empty without projections
+    dhx: Tensor  # (D, B, K) of the states before it, float32 or float64
+    dcx: Tensor  # (D, B, H) the same
+    dgates: Tensor  # (D, n, 4H) with respect to the gates before activation
+    dh: Tensor  # (D, n, K) with respect to each step's h; empty without projections
+    h_prev: Tensor  # (D, n, K) the masked h that each step multiplied
 
 
 class LayerGradients(NamedTuple):
-    """What backward returns where it goes through the weights and the input product, too."""
+    """What it returns where it goes through the weights and the input product, too."""
 
-    dinput: Tensor  # (N, I); empty where it isn't wanted
     dhx: Tensor  # (D, B, K)
     dcx: Tensor  # (D, B, H)
+    dinput: Tensor  # (D, n, I); empty where it isn't wanted
     dweights: list[Tensor]  # one for each of a layer's weights; empty ones where they aren't wanted
+
+
+# Bytes that a window's tensors may have. On a CPU few, as they stay in its caches; on a GPU as many as keep it busy.
+WINDOW_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
+LEAST_STEPS = 8  # of a window: what each window costs once is then little of it
+
+
+def steps_within(row_bytes: int, steps: int, rows: int, device: torch.device) -> int:
+    """How many of a layer's `steps` with `rows` rows together take about `WINDOW_BYTES`, at `row_bytes` a row."""
+    budget = WINDOW_BYTES.get(device.type, WINDOW_BYTES["cuda"])
+    return max(LEAST_STEPS, budget * steps // (row_bytes * rows))
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

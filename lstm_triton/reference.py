@@ -8,10 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lstm_triton.recurrence import Layout
-
-# The weights of a direction: w_ih, w_hh, b_ih, b_hh, w_hr.
-Direction = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+from lstm_triton.recurrence import Direction, Layout
 
 
 def layer(
@@ -85,8 +82,12 @@ def lstm(
     bidirectional: bool = False,
     batch_first: bool = False,
     mask: Tensor | None = None,
+    between: Callable[[Tensor, int], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A stack of layers; arguments and results as of `lstm_triton.functional.lstm`."""
+    """A stack of layers; arguments and results as of `lstm_triton.functional.lstm`.
+
+    between: what is done with a layer's output (N, D * K), given its number, before the next layer.
+    """
     directions = 2 if bidirectional else 1
     if batch_first and batch_sizes is None:
         input = input.transpose(0, 1)
@@ -98,6 +99,8 @@ def lstm(
         layer_mask = None if mask is None else mask[rows]
         layer_weights = weights[k * each : (k + 1) * each]
         x, h, c = layer(x, hx[0][rows], hx[1][rows], layer_weights, bias, batch_sizes, layer_mask)
+        if between is not None and k < num_layers - 1:
+            x = between(x, k)
         hn.append(h)
         cn.append(c)
     if batch_sizes is None:

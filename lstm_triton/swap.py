@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 from lstm_triton.module import TritonLSTM
 
 # What a TritonLSTM has beyond an nn.LSTM.
-_OPTIONS = ("recurrent_dropout", "recurrent_dropout_mode", "backend")
+_OPTIONS = ("recurrent_dropout", "recurrent_dropout_mode", "backend", "recompute")
 
 
 def convert(model: nn.Module, **options: Any) -> nn.Module:
@@ -21,7 +21,7 @@ def convert(model: nn.Module, **options: Any) -> nn.Module:
     Args:
         model: searched through and changed in place.
         options: keyword arguments of `TritonLSTM` beyond those of `nn.LSTM`, for all of them:
-            `recurrent_dropout`, `recurrent_dropout_mode`, `backend`.
+            `recurrent_dropout`, `recurrent_dropout_mode`, `backend`, `recompute`.
 
     Returns:
         `model`, or its replacement where it is an `nn.LSTM` itself.

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from bench.tolerances import TOLERANCES
 from lstm_triton import TritonLSTM, plan
+from lstm_triton.recurrence import Layer
 
 # How Triton kernels run a layer: by each strategy, "persistent" without and with what it can fuse.
 WAYS = ("persistent", "fused", "step")
@@ -50,9 +51,9 @@ def forced(way: str) -> Iterator[None]:
     """
     choose = plan.of
 
-    def chosen(input: Tensor, hx: Tensor, cx: Tensor) -> plan.Plan:
-        fused = way == "fused" and not input.is_cuda and hx.size(2) == cx.size(2)
-        return replace(choose(input, hx, cx), fused=fused)
+    def chosen(layer: Layer) -> plan.Plan:
+        fused = way == "fused" and not layer.input.is_cuda and layer.hx.size(2) == layer.cx.size(2)
+        return replace(choose(layer), fused=fused)
 
     plan.of = chosen
     try:

@@ -10,40 +10,41 @@ from checks import Case, shaped
 from lstm_triton import TritonLSTM, dispatch, functional, plan
 
 
-def layer_arguments(device: torch.device, backend: str, dropout: str, packed: bool, dtype=torch.float32) -> tuple:
+def layer_arguments(device: torch.device, backend: str, dropout: str, packed: bool, chunk: int = 0) -> tuple:
     steps, batch, size, hidden, wide, directions = 3, 2, 3, 6, 5, 2
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype, requires_grad=True)
+        return torch.randn(*shape, device=device, requires_grad=True)
 
     weights = []
     for _ in range(directions):
         weights += [random(4 * hidden, wide), random(4 * hidden, size), random(4 * hidden), random(4 * hidden)]
         weights += [random(size, hidden)]
     sizes = torch.tensor([2, 2, 1]) if packed else None
-    mask = torch.rand(directions, steps, batch, size, device=device, dtype=dtype) if dropout == "given" else None
+    mask = torch.rand(directions, steps, batch, size, device=device) if dropout == "given" else None
     seed = torch.tensor([5], device=device) if dropout == "drawn" else None
     states = random(directions, batch, size), random(directions, batch, hidden)
     rows = 5 if packed else steps * batch
-    return (random(rows, wide), sizes, *states, weights, True, mask, seed, 0.5, True, 0, backend, True)
+    return (random(rows, wide), sizes, *states, weights, 1, True, 0.0, mask, seed, 0.5, True, backend, chunk, True)
 
 
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("chunk", [0, 2])
 @pytest.mark.parametrize("backend,dropout", [("eager", "none"), ("eager", "given"), ("triton", "drawn")])
-def test_opcheck(backend: str, dropout: str, packed: bool, device: torch.device) -> None:
-    arguments = layer_arguments(device, backend, dropout, packed)
-    torch.library.opcheck(torch.ops.lstm_triton.layer, arguments)
+def test_opcheck(backend: str, dropout: str, chunk: int, packed: bool, device: torch.device) -> None:
+    arguments = layer_arguments(device, backend, dropout, packed, chunk)
+    torch.library.opcheck(torch.ops.lstm_triton.lstm, arguments)
 
 
 @pytest.mark.parametrize("backend,dropout", [("eager", "given"), ("triton", "drawn")])
-@pytest.mark.parametrize("wanted", [True, False])
-def test_opcheck_backward(wanted: bool, backend: str, dropout: str, device: torch.device) -> None:
-    arguments = layer_arguments(device, backend, dropout, False)
+@pytest.mark.parametrize("wanted,chunk", [(True, 0), (False, 0), (True, 2)])
+def test_opcheck_backward(wanted: bool, chunk: int, backend: str, dropout: str, device: torch.device) -> None:
+    arguments = layer_arguments(device, backend, dropout, False, chunk)
     with torch.no_grad():
-        y, hn, cn, gates, c = torch.ops.lstm_triton.layer(*arguments)
+        y, hn, cn, kept = torch.ops.lstm_triton.lstm(*arguments)
     plain = torch.utils._pytree.tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, arguments)
-    backward = (torch.ones_like(y), torch.ones_like(hn), torch.ones_like(cn), *plain[:-1], y, gates, c, wanted, wanted)
-    torch.library.opcheck(torch.ops.lstm_triton.layer_backward, backward)
+    backward = (torch.ones_like(y), torch.ones_like(hn), torch.ones_like(cn), *plain[:-1], y, kept, wanted, wanted)
+    torch.library.opcheck(torch.ops.lstm_triton.lstm_backward, backward)
 
 
 @pytest.mark.parametrize("way", ["eager", *plan.STRATEGIES])

@@ -31,7 +31,7 @@ import triton.language as tl  # noqa: E402
 from cooperative_kernels import MUTANTS, forward_kernel  # noqa: E402
 
 from checks import WAYS, assert_close, forced  # noqa: E402
-from lstm_triton import cpu, functional, kernels, plan  # noqa: E402
+from lstm_triton import cpu, functional, kernels, plan, recurrence  # noqa: E402
 from lstm_triton.cpu import build, native  # noqa: E402
 
 pytestmark = [
@@ -440,12 +440,12 @@ class Layer:
         def start(kernel: Any, grid: Any, args: list[Any], shared: dict[str, Any], **own: Any) -> None:
             launcher.launch(kernel, grid, *args, **shared, **own)
 
-        for module in kernels.STRATEGIES.values():
+        for module in (*kernels.STRATEGIES.values(), kernels.rebuild):
             monkeypatch.setattr(module, "start", start)
         choose = plan.of
 
-        def chosen(input: Tensor, hx: Tensor, cx: Tensor) -> plan.Plan:
-            found = choose(input, hx, cx)
+        def chosen(layer: recurrence.Layer) -> plan.Plan:
+            found = choose(layer)
             if way == "step":
                 return replace(found, block_b=4, block_h=16, block_k=16)
             return replace(found, block_b=4)

@@ -9,7 +9,7 @@ import torch
 import lstm_triton.functional as functional
 from checks import WAYS, Case, assert_close, forced
 from lstm_triton import TritonLSTM, dispatch, reference
-from lstm_triton.dropout import philox, recurrent_masks
+from lstm_triton.dropout import masks, philox
 from lstm_triton.recurrence import RecurrentDropout
 
 
@@ -27,7 +27,7 @@ def test_philox_known_answers() -> None:
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9])
 def test_mask_statistics(p: float) -> None:
-    mask = recurrent_masks(torch.tensor([7]), range(2), 50, 20, 30, p, torch.float64)
+    mask = masks(torch.tensor([7]), range(2), range(50), range(20), 30, p, torch.float64)
     dropped = (mask == 0).double().mean().item()
     assert abs(dropped - p) < 5 * (p * (1 - p) / mask.numel()) ** 0.5 + 1e-12
     kept = mask[mask > 0]
@@ -39,7 +39,7 @@ def test_mask_depends_on_everything() -> None:
     """Another seed, stream, step, row or unit has another mask; the same ones the same."""
 
     def draw(seed: int = 7, streams: range = range(3, 5), steps: int = 20, batch: int = 20, units: int = 20):
-        return recurrent_masks(torch.tensor([seed]), streams, steps, batch, units, 0.5, torch.float32)
+        return masks(torch.tensor([seed]), streams, range(steps), range(batch), units, 0.5, torch.float32)
 
     mask = draw()
     assert torch.equal(mask, draw())
@@ -54,7 +54,7 @@ def test_mask_depends_on_everything() -> None:
 
 def test_dropping_everything_and_nothing() -> None:
     def draw(p: float) -> torch.Tensor:
-        return recurrent_masks(torch.tensor([1]), range(1), 30, 30, 30, p, torch.float32)
+        return masks(torch.tensor([1]), range(1), range(30), range(30), 30, p, torch.float32)
 
     assert draw(1.0).eq(0).all()
     assert draw(0.0).eq(1).all()
@@ -94,14 +94,14 @@ def test_values_under_drawn_and_given_masks(
 
     torch.manual_seed(5)
     seed = torch.randint(2**63 - 1, (1,), device=device)
-    masks = RecurrentDropout(None, seed, 0.4, mode == "step", 0).drawn(4, h.double())
-    expected = outcome(reference.lstm, torch.float64, num_layers=2, bidirectional=True, mask=masks)
+    drawn_masks = RecurrentDropout(None, seed, 0.4, mode == "step", 0).drawn(4, h.double())
+    expected = outcome(reference.lstm, torch.float64, num_layers=2, bidirectional=True, mask=drawn_masks)
     with forced("step" if way == "eager" else way):
         backend = "eager" if way == "eager" else "triton"
         torch.manual_seed(5)
         drawn = outcome(functional.lstm, torch.float32, backend=backend, **options)
         given = outcome(
-            functional.lstm, torch.float32, backend=backend, recurrent_dropout_mask=masks.float(), **options
+            functional.lstm, torch.float32, backend=backend, recurrent_dropout_mask=drawn_masks.float(), **options
         )
     assert_close(drawn, expected, torch.float32)
     assert_close(given, expected, torch.float32)

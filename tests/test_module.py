@@ -202,9 +202,9 @@ def test_backend_runs(backend: str, device: torch.device, monkeypatch: pytest.Mo
 
     from lstm_triton import eager
 
-    watch(eager, "forward", "eager")
+    watch(eager.Eager, "forward", "eager")
     watch(dispatch, "_operator", "torch")
-    watch(plan, "forward", "triton")
+    watch(plan.Kernels, "forward", "triton")
     TritonLSTM(5, 7, device=device, backend=backend)(torch.randn(2, 1, 5, device=device))
     assert ran == [backend]
 
