@@ -27,16 +27,16 @@ PACKED_ROWS = 256
 
 
 def auto(
-    input: Tensor, hx: tuple[Tensor, Tensor], packed: bool, drops: bool, records: bool, directions: int, deep: bool
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    packed: bool,
+    drops: bool,
+    records: bool,
+    recompute: bool,
+    directions: int,
+    deep: bool,
 ) -> str:
     """The backend that "auto" stands for.
-
-    PyTorch's operator wherever it does the job and none of ours is known to be faster. Ours where
-
-    - recurrent dropout is active: PyTorch has none;
-    - `torch.compile` traces: PyTorch's operator would be unrolled over the time steps, ours stays one;
-    - on a CPU the native kernels are faster (`plan.pays_on_cpu`);
-    - on a CPU without those a packed batch is trained on: PyTorch's operator has autograd nodes for each step there.
 
     Args:
         input: that of the call.
@@ -44,22 +44,45 @@ def auto(
         packed: whether it is a packed batch.
         drops: whether recurrent dropout is active.
         records: whether a backward may follow.
+        recompute: whether it would rebuild the gates.
         directions: D.
         deep: whether there are several layers.
     """
+    return why_auto(input, hx, packed, drops, records, recompute, directions, deep)[0]
+
+
+def why_auto(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    packed: bool,
+    drops: bool,
+    records: bool,
+    recompute: bool,
+    directions: int,
+    deep: bool,
+) -> tuple[str, str]:
+    """What `auto` returns and, in words, why: PyTorch's operator wherever it does the job and nothing is faster."""
     compiling = torch.compiler.is_compiling()
+    why = "PyTorch's operator has no recurrent dropout" if drops else "torch.compile would unroll PyTorch's operator"
     if input.is_cuda:
-        return "triton" if (drops or compiling) and has_triton() else "eager" if drops or compiling else "torch"
-    if input.device.type == "cpu" and not compiling and has_native():
+        if drops or compiling:
+            return ("triton" if has_triton() else "eager"), why
+        return "torch", "no kernel here is known to be faster on this GPU"
+    on_cpu = input.device.type == "cpu"
+    if on_cpu and not compiling and has_native():
         (_, batch, size), hidden = hx[0].shape, hx[1].size(2)
         features = max(input.size(-1), directions * size) if deep else input.size(-1)
         fast = input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         sizes = batch, features, hidden, size, directions, torch.get_num_threads()
-        if drops or (fast and plan.pays_on_cpu(*sizes, packed and records)):
-            return "triton"
-    if drops or compiling or (packed and records and input.device.type == "cpu" and input.size(0) >= PACKED_ROWS):
-        return "eager"
-    return "torch"
+        if drops:
+            return "triton", why
+        if fast and plan.pays_on_cpu(*sizes, packed, records, recompute):
+            return "triton", "native kernels are faster than PyTorch's operator at this size"
+    if drops or compiling:
+        return "eager", why
+    if packed and records and on_cpu and input.size(0) >= PACKED_ROWS:
+        return "eager", "PyTorch's operator keeps autograd nodes for each step of a packed batch"
+    return "torch", "PyTorch's operator is the fastest at this size"
 
 
 @cache

@@ -1,12 +1,13 @@
 """The functional form: `lstm` takes what `torch.lstm` takes, and what it lacks."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lstm_triton import dispatch, ops
-from lstm_triton.recurrence import RecurrentDropout, state_dtype, steps_within
+from lstm_triton.recurrence import Layout, RecurrentDropout, state_dtype, steps_within
 
 MODES = ("step", "sequence")
 
@@ -100,10 +101,7 @@ def run(
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         return dispatch.torch_lstm(input, batch_sizes, hx, weights, options)  # no rows: nothing to run or drop
     if backend == "auto":
-        packed = batch_sizes is not None
-        records = packed and torch.is_grad_enabled() and (weights[0].requires_grad or input.requires_grad)
-        directions, deep = 1 + options.bidirectional, options.num_layers > 1
-        backend = dispatch.auto(input, hx, packed, drops, records, directions, deep)
+        backend = dispatch.auto(*_call(input, batch_sizes, hx, weights, options, drops))
     if backend == "torch" and drops:
         raise ValueError("backend='torch' has no recurrent dropout; use 'auto', 'eager' or 'triton'")
     if backend == "torch" and not options.recompute:
@@ -126,6 +124,20 @@ def run(
     if device == "cpu" and (projected or batch_sizes is not None):  # where it is not oneDNN's, c keeps its dtype
         return (y, h, c.to(states)) if projected else (y.to(states), h.to(states), c.to(states))
     return y, h, c
+
+
+def _call(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    hx: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    options: Options,
+    drops: bool,
+) -> tuple[Any, ...]:
+    """The arguments of `dispatch.auto`."""
+    records = torch.is_grad_enabled() and (weights[0].requires_grad or input.requires_grad)
+    recompute, directions, deep = bool(options.recompute), 1 + options.bidirectional, options.num_layers > 1
+    return input, hx, batch_sizes is not None, drops, records, recompute, directions, deep
 
 
 def _stack(
@@ -179,6 +191,59 @@ def chunk_length(options: Options, steps: int, x: Tensor, h: Tensor, c: Tensor) 
     return min(steps, steps_within(numbers * x.element_size(), steps, x.numel() // x.size(-1), x.device))
 
 
+def explain(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    hx: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    options: Options,
+) -> str:
+    """How `run` would run a call, in words; arguments as there, computes nothing."""
+    drops = options.training and options.recurrent_dropout > 0
+    save = torch.is_grad_enabled() and any([x.requires_grad for x in (input, *weights)])
+    batch = hx[0].size(1)
+    layout = Layout.of(input.numel() // input.size(-1), batch, batch_sizes)
+    padded = layout.steps * batch
+    form = "dense batch" if batch_sizes is None else "packed batch"
+    share = "" if layout.is_dense else f", {layout.total / padded:.0%} of the padded batch's"
+    kind = "training" if save else "inference"
+    lines = [
+        f"call: {kind}, {form} of {batch} rows and {layout.steps} time steps, {layout.total} rows in all{share}; "
+        f"{input.dtype} on {input.device}"
+    ]
+    backend, why = options.backend, "asked for"
+    if backend == "auto":
+        backend, why = dispatch.why_auto(*_call(input, batch_sizes, hx, weights, options, drops))
+    lines.append(f"backend: {backend} ({why})")
+    recompute = save and bool(options.recompute)
+    chunk = chunk_length(options, layout.steps, input, *hx) if recompute else 0
+    if backend == "torch" and not recompute:
+        return "\n".join(lines)
+    x = input.transpose(0, 1) if options.batch_first and batch_sizes is None else input
+    layers = ops.describe(x.contiguous(), batch_sizes, *hx, weights, options.num_layers, options.bias, backend)
+    lines += [f"layer {k}: {how}" for k, how in enumerate(layers)]
+    if save:
+        lines.append(f"kept for backward: {_kept(layout, hx, options, chunk, input.dtype, backend)}")
+    return "\n".join(lines)
+
+
+def _kept(
+    layout: Layout, hx: tuple[Tensor, Tensor], options: Options, chunk: int, dtype: torch.dtype, backend: str
+) -> str:
+    (count, batch, size), hidden = hx[0].shape, hx[1].size(2)
+    state = state_dtype(dtype).itemsize
+    between = (options.num_layers - 1) * layout.total * (1 + options.bidirectional) * size * dtype.itemsize
+    if chunk:
+        parts = -(-layout.steps // chunk)
+        kept = (parts - 1) * count * batch * hidden * state
+        what = f"c at the borders of {parts} chunks of {chunk} steps"
+    else:
+        gate = state if backend == "eager" else dtype.itemsize
+        kept, what = count * layout.total * hidden * (4 * gate + state), "gates and c of every step"
+    outputs = ", and outputs between layers" if between else ""
+    return f"{(kept + between) / 2**20:.1f} MiB beside input and output: {what}{outputs}"
+
+
 def check_probability(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(
@@ -190,6 +255,31 @@ def check_probability(name: str, value: object) -> None:
 def check_recompute(value: object) -> None:
     if not isinstance(value, (bool, int)) or (value is not False and value < 1):
         raise ValueError(f"recompute should be True, False or a chunk length of at least 1 time step, got {value!r}")
+
+
+def check_lengths(lengths: object, batch: int, steps: int) -> Tensor:
+    """`lengths` as a tensor (B,).
+
+    Raises:
+        TypeError, ValueError: they are no B integers from 1 to T on the CPU.
+    """
+    wanted = f"lengths should be {batch} integers from 1 to {steps} (the rows and time steps of input), on the CPU"
+    if isinstance(lengths, Tensor):
+        found = lengths
+    elif isinstance(lengths, Sequence) and all(isinstance(n, int) for n in lengths):
+        found = torch.tensor(lengths, dtype=torch.int64)
+    else:
+        raise TypeError(f"{wanted}, got {lengths!r}")
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise TypeError(f"{wanted}, got the dtype {found.dtype}")
+    if found.device.type != "cpu":
+        raise ValueError(f"{wanted}, got them on {found.device}")
+    if found.shape != (batch,):
+        raise ValueError(f"{wanted}, got the shape {tuple(found.shape)}")
+    wrong = [n for n in found.tolist() if not 1 <= n <= steps]
+    if wrong:
+        raise ValueError(f"{wanted}, got {', '.join(map(str, wrong[:3]))}")
+    return found.to(torch.int64)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -1,14 +1,15 @@
 """`TritonLSTM`: what `torch.nn.LSTM` is, with more ways to run and recurrent dropout."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from lstm_triton import functional
 from lstm_triton.dispatch import BACKENDS
-from lstm_triton.functional import Options, check_choice, check_probability, check_recompute
+from lstm_triton.functional import Options, check_choice, check_lengths, check_probability, check_recompute
 
 
 class TritonLSTM(nn.RNNBase):
@@ -27,18 +28,29 @@ class TritonLSTM(nn.RNNBase):
         backend: "torch", PyTorch's own operator (cuDNN, oneDNN); "eager", the recurrence in
             PyTorch operations with its backward by hand, on any device; "triton", our kernels;
             "auto", the best of them for the call.
+        recompute: True, or a chunk length in time steps: training keeps inputs, outputs and the cell
+            state at the chunks' borders, and rebuilds the gates in backward chunk by chunk, with the
+            same dropout masks. True chooses a length whose gates take a few MiB (`explain` shows it);
+            one longer than the sequence is all of it. By "torch" a chunk's forward is run again.
 
-    Inputs: input, (h_0, c_0)
+    Inputs: input, (h_0, c_0), lengths
         - **input**: (T, B, input_size), with `batch_first` (B, T, input_size), unbatched
           (T, input_size), or a `torch.nn.utils.rnn.PackedSequence`; floating point.
         - **h_0**: (L * D, B, K) and **c_0**: (L * D, B, H), unbatched without B. Default: zeros.
+        - **lengths**: B integers from 1 to T in any order, as a list or a tensor on the CPU: how many time
+          steps of a padded batch each row has. As if the batch was packed: outputs and gradients past a
+          row's end are zero, h_n and c_n are those of its last step. Default: all have T.
 
     Outputs: output, (h_n, c_n)
         - **output**: as the input, with D * K in place of input_size.
         - **h_n**, **c_n**: shaped as h_0 and c_0.
 
+    To carry the states from one part of a sequence to the next (streaming), pass (h_n, c_n) as the next
+    (h_0, c_0): detached, gradients stop there (truncated backpropagation); as they are, they go on
+    through all parts.
+
     Raises:
-        TypeError, ValueError: an argument of the constructor has a wrong type or value.
+        TypeError, ValueError: an argument of the constructor, or `lengths`, has a wrong type or value.
         RuntimeError, ValueError: an input has a wrong shape, dtype or device, as of `torch.nn.LSTM`.
 
     Where it differs: `isinstance(module, torch.nn.LSTM)` is False, since `torch.compile` refuses
@@ -111,9 +123,18 @@ class TritonLSTM(nn.RNNBase):
                 return
 
     def forward(  # type: ignore[override]
-        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         self._update_flat_weights()
+        if lengths is not None:
+            packed = self._pack(input, lengths)
+            output, states = self.forward(packed, hx)
+            assert isinstance(input, Tensor) and isinstance(output, PackedSequence)
+            steps = input.size(1 if self.batch_first else 0)
+            return pad_packed_sequence(output, self.batch_first, total_length=steps)[0], states
         if isinstance(input, PackedSequence):
             data, batch_sizes, order, restore = input
             if hx is not None and order is not None:
@@ -140,6 +161,47 @@ class TritonLSTM(nn.RNNBase):
         output, hn, cn = self._run(input.unsqueeze(batch_dim), None, hx, 1)
         return output.squeeze(batch_dim), (hn.squeeze(1), cn.squeeze(1))
 
+    def explain(self, input: Tensor | PackedSequence, lengths: Tensor | Sequence[int] | None = None) -> str:
+        """How a call with this input would run here and now, and why: backend, plan and memory, in a few lines.
+
+        Args:
+            input, lengths: as of a call; nothing is computed. With gradients enabled it is taken for training.
+
+        Raises:
+            RuntimeError, ValueError: as of a call.
+        """
+        self._update_flat_weights()
+        if lengths is not None:
+            input = self._pack(input, lengths)
+        batch_sizes, dense = None, input
+        if isinstance(input, PackedSequence):
+            dense, batch_sizes = input.data, input.batch_sizes
+            batch = int(batch_sizes[0])
+        else:
+            batch_dim = 0 if self.batch_first else 1
+            dense = input if input.dim() == 3 else input.unsqueeze(batch_dim)
+            batch = dense.size(batch_dim)
+        self.check_input(dense, batch_sizes)
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        hx = dense.new_empty(count, batch, self.proj_size or self.hidden_size)
+        cx = dense.new_empty(count, batch, self.hidden_size)
+        return functional.explain(dense, batch_sizes, (hx, cx), self._flat_weights, self._options())  # type: ignore[arg-type]
+
+    def _pack(self, input: Tensor | PackedSequence, lengths: Tensor | Sequence[int]) -> PackedSequence:
+        """A padded batch without its padding."""
+        if isinstance(input, PackedSequence) or input.dim() != 3:
+            given = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D input"
+            raise ValueError(f"lengths goes with a padded batch (3-D input), got it with {given}")
+        batch, steps = input.shape[:2] if self.batch_first else (input.size(1), input.size(0))
+        lengths = check_lengths(lengths, batch, steps)
+        return pack_padded_sequence(input, lengths, self.batch_first, enforce_sorted=False)
+
+    def _options(self) -> Options:
+        return Options(
+            self.num_layers, self.bias, self.dropout, self.training, self.bidirectional, self.batch_first,
+            self.recurrent_dropout, self.recurrent_dropout_mode, self.backend, self.recompute,
+        )  # fmt: skip
+
     def _run(
         self, input: Tensor, batch_sizes: Tensor | None, hx: tuple[Tensor, Tensor] | None, batch: int
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,11 +216,7 @@ class TritonLSTM(nn.RNNBase):
             self.check_hidden_size(hx[0], expected, "Expected hidden[0] size {}, got {}")
             expected = (*expected[:2], self.hidden_size)
             self.check_hidden_size(hx[1], expected, "Expected hidden[1] size {}, got {}")
-        options = Options(
-            self.num_layers, self.bias, self.dropout, self.training, self.bidirectional, self.batch_first,
-            self.recurrent_dropout, self.recurrent_dropout_mode, self.backend, self.recompute,
-        )  # fmt: skip
-        return functional.run(input, batch_sizes, hx, self._flat_weights, options)  # type: ignore[arg-type]
+        return functional.run(input, batch_sizes, hx, self._flat_weights, self._options())  # type: ignore[arg-type]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         defaults = {"recurrent_dropout": 0.0, "recurrent_dropout_mode": "step", "backend": "auto", "recompute": False}

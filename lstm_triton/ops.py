@@ -112,6 +112,26 @@ class _Stack:
         return draw(x, self.seed, masks.BETWEEN + k, self.dropout)
 
 
+def describe(
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    hx: Tensor,
+    cx: Tensor,
+    weights: list[Tensor],
+    num_layers: int,
+    bias: bool,
+    backend: str,
+) -> list[str]:
+    """How each layer would run, in words; arguments as of `forward`."""
+    if backend != "triton":
+        how = "PyTorch's operator, chunk by chunk" if backend == "torch" else "PyTorch operations, step by step"
+        return [how] * num_layers
+    stack = _Stack(input, batch_sizes, hx, cx, weights, num_layers, bias, 0.0, None, None, 0.0, True, backend)
+    rows = stack.input[:1, :1]
+    outputs = rows.expand(stack.layout.total, stack.directions * hx.size(2))
+    return [plan.describe(stack.layer(k, outputs if k else stack.input)) for k in range(num_layers)]
+
+
 def forward(
     input: Tensor,
     batch_sizes: Tensor | None,
@@ -246,7 +266,6 @@ def backward(
     )  # fmt: skip
     outputs = [*kept[: num_layers - 1], _flat(output)]
     gates, cells = kept[num_layers - 1 : 2 * num_layers - 1], kept[2 * num_layers - 1 :]
-    parts = windows(stack.layout, chunk)
     dy = _flat(doutput)
     dhx, dcx, dweights = [dhn] * num_layers, [dcn] * num_layers, list(weights)
     with gemms_as_rnn(stack.input):
@@ -254,15 +273,21 @@ def backward(
             rows, y = stack.rows(k), outputs[k]
             layer = stack.layer(k, stack.input if k == 0 else stack.drop(outputs[k - 1], k - 1))
             engine = _ENGINES[backend](layer)
+            # What is made of kept gates, as wide as they are, is made for some steps at a time, too.
+            parts = windows(stack.layout, chunk or (engine.window_length if stack.directions == 1 else 0))
             sums = _Sums(layer, bias, len(parts) > 1, input_wanted or k > 0, weights_wanted)
             dh, dc = dhn[rows].to(stack.kept), dcn[rows].to(stack.kept)
             cx_k = layer.cx.to(stack.kept)
             for index, window in reversed(list(enumerate(parts))):
+                h = window.state_before(y, layer.hx)
                 if chunk:
-                    h, c = window.state_before(y, layer.hx), cells[k][index - 1] if index else cx_k
+                    c = cells[k][index - 1] if index else cx_k
                     saved = engine.rebuild(window, y, h, c)
+                elif len(parts) == 1:
+                    c, saved = cx_k, Saved(gates[k], cells[k])
                 else:
-                    h, c, saved = layer.hx, cx_k, Saved(gates[k], cells[k])
+                    c, own = window.state_before(cells[k][0], cx_k), window.rows(0)
+                    saved = Saved(gates[k][:, own], cells[k][:, own])
                 found = engine.backward(window, y, dy, saved, h, c, dh, dc, sums.input_wanted, weights_wanted)
                 sums.add(window, found, saved)
                 dh, dc = found.dhx, found.dcx

@@ -25,13 +25,20 @@ SHARED_BYTES = 163 * 1024
 CPU_ROWS = 64
 # Steps that take as long as what a program does once: loading the weights and, fused, storing their gradients.
 PROGRAM_STEPS = 16
-# A fused kernel on a CPU goes through all weights, and their gradients, in each step: where there are more than the
-# first number of them, it wants so many rows for each time, and never pays beyond the second (bench/cpu.py).
-FUSED_WEIGHTS, FUSED_ROWS, FUSED_MOST_WEIGHTS = 32 * 1024, 8, 1024 * 1024
+# A fused kernel on a CPU goes through all weights, and their gradients, in each step: it wants a row for so many of
+# them. Beyond the second number no kernel pays: PyTorch's products of large matrices are as fast (bench/cpu.py).
+FUSED_WEIGHTS, MOST_WEIGHTS = 16 * 1024, 1024 * 1024
 # Numbers that the tiles of the batch may add up together, each its own gradients of the weights.
 FUSED_MOST_SUMS = 4 * 1024 * 1024
-# The same for training on packed batches, where PyTorch's operator takes 2 to 10 times as long (bench/test_auto.py).
-PACKED_SPARE = 1.7
+# How much may be lost to padding, as tiles are powers of two: weights up to a number, and times as many operations.
+SPARE = ((8 * 1024, 1.3), (32 * 1024, 1.15), (MOST_WEIGHTS, 1.02))
+# The same on packed batches, where PyTorch's operator takes longer: of all, and in training (bench/ragged.py).
+PACKED_SPARE, PACKED_TRAINING_SPARE = 1.3, 1.7
+# And where gates are rebuilt in backward, for which PyTorch's operator has to run its forward again (bench/long.py).
+RECOMPUTE_SPARE = 1.3
+# Rows of the batch for which a kernel that isn't fused pays in training, on dense batches (bench/cpu.py): with more
+# PyTorch's operator is as fast, a single one is a matrix-vector product.
+UNFUSED_ROWS = range(4, 9)
 
 _forced: str | None = None
 _NOTHING = nullcontext()
@@ -132,26 +139,43 @@ def choose_on_cpu(
     if forced == "step":
         return Plan("step", block_b, min(block_h, 32), min(block_k, 64), 1)
     weights, tiles = 4 * block_h * (block_k + _power(features)), -(-batch // block_b)
-    few = weights <= FUSED_WEIGHTS or (weights <= FUSED_MOST_WEIGHTS and block_b >= FUSED_ROWS)
+    few = weights <= min(block_b * FUSED_WEIGHTS, MOST_WEIGHTS)
     fused = size == hidden and few and tiles * weights <= FUSED_MOST_SUMS
     return Plan("persistent", block_b, block_h, block_k, 1, fused=fused)
 
 
 @lru_cache(maxsize=256)
 def pays_on_cpu(
-    batch: int, features: int, hidden: int, size: int, directions: int, threads: int, packed_training: bool = False
+    batch: int,
+    features: int,
+    hidden: int,
+    size: int,
+    directions: int,
+    threads: int,
+    packed: bool,
+    records: bool,
+    recompute: bool,
 ) -> bool:
-    """Whether native kernels take less time than PyTorch's operator, in float32, forward and backward.
+    """Whether native kernels take less time than PyTorch's operator, in float32.
 
-    Measured by `python -m bench.cpu`: where the kernel is fused it is faster, by less the more weights there are.
-    How much faster is how much may be lost to padding, as tiles are powers of two.
+    Measured by `python -m bench.cpu`, `bench.ragged` and `bench.long`.
+
+    Args:
+        batch, features, hidden, size, directions, threads: as of `choose_on_cpu`.
+        packed, records, recompute: as of `lstm_triton.dispatch.auto`.
     """
     plan = choose_on_cpu(batch, features, hidden, size, directions, threads)
     weights = 4 * plan.block_h * (plan.block_k + _power(features))
+    if weights > MOST_WEIGHTS or size != hidden:
+        return False
     rows = -(-batch // plan.block_b) * plan.block_b
     padding = weights * rows / (4 * hidden * (size + features) * batch)
-    spare = 1.3 if weights <= FUSED_WEIGHTS // 4 else 1.15 if weights <= FUSED_WEIGHTS else 1.02
-    return plan.fused and padding <= (PACKED_SPARE if packed_training else spare)
+    if packed and batch > 1:
+        return padding <= (PACKED_TRAINING_SPARE if records else PACKED_SPARE)
+    if recompute and records:
+        return padding <= RECOMPUTE_SPARE
+    pays = plan.fused or (records and batch in UNFUSED_ROWS)
+    return pays and padding <= next(spare for most, spare in SPARE if weights <= most)
 
 
 @cache
@@ -186,6 +210,17 @@ def of(layer: Layer) -> Plan:
         threads, directions = torch.get_num_threads(), len(layer.directions)
         return choose_on_cpu(batch, input.size(1), hidden, size, directions, threads, _forced, lengths)
     return choose(batch, hidden, size, input.dtype, shared, interpreted)
+
+
+def describe(layer: Layer) -> str:
+    """The plan for a layer's call, in words."""
+    plan, layout, directions = of(layer), layer.layout, len(layer.directions)
+    lengths = layout.lengths[:: plan.block_b]  # a program's steps are those of its longest row
+    work = sum(lengths) * plan.block_b / layout.total
+    fused = ", the products with input and weights in it" if plan.fused else ""
+    strategy = f"{plan.strategy}{fused}; tiles of {plan.block_b} batch rows and {plan.block_h} units"
+    ends = "" if layout.is_dense else f", which end after {lengths[-1]} to {lengths[0]} steps"
+    return f"{strategy}; {len(lengths) * directions} programs{ends}; {work:.2f} rows run for each that is there"
 
 
 def drop(x: Tensor, seed: Tensor, stream: int, p: float) -> Tensor:

@@ -231,10 +231,12 @@ def test_strategy_runs(hidden: int, strategy: str, device: torch.device, monkeyp
 def test_auto_choices_on_a_cpu(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "has_native", lambda: native)
 
-    def choice(*shape: int, batch: int = 32, hidden: int = 16, dtype=torch.float32, drops=False, records=True) -> str:
+    def choice(
+        *shape: int, batch: int = 32, hidden: int = 16, dtype=torch.float32, drops=False, records=True, recompute=False
+    ) -> str:
         states = (torch.zeros(1, batch, hidden),) * 2
         packed = len(shape) == 2
-        return dispatch.auto(torch.zeros(shape, dtype=dtype), states, packed, drops, records, 1, False)
+        return dispatch.auto(torch.zeros(shape, dtype=dtype), states, packed, drops, records, recompute, 1, False)
 
     ours = "triton" if native else "eager"
     assert choice(20, 32, 16) == ("triton" if native else "torch")  # few weights, no padding
@@ -247,6 +249,11 @@ def test_auto_choices_on_a_cpu(native: bool, monkeypatch: pytest.MonkeyPatch) ->
         usual = "eager" if count == rows and records else "torch"
         assert choice(count, 1024, batch=1, hidden=1024, records=records) == usual
         assert choice(count, 16, records=records) == ("triton" if native else usual)
+        assert choice(count, 500, hidden=500, records=records) == usual  # more weights than kernels pay for
+    # Not fused: a few rows, in training; more of them where PyTorch's operator would run forward again.
+    for batch, records, recompute in ((8, True, False), (8, False, False), (32, True, True), (1, True, False)):
+        ran = choice(20, batch, 256, batch=batch, hidden=256, records=records, recompute=recompute)
+        assert ran == ("triton" if native and records and batch > 1 else "torch")
 
 
 def test_plan_fits_the_gpu() -> None:
