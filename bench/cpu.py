@@ -115,7 +115,7 @@ class Case(NamedTuple):
         return f"{self.shape}, {self.group}, {self.backend}, {cpu_report.threads_text(self.threads)}"
 
 
-def chosen(call: Call) -> str:
+def chosen(call: Callable[[], Any]) -> str:
     """The backend that "auto" is for this call, which it runs."""
     answers, auto = ["unknown"], dispatch.auto
 

@@ -1,6 +1,5 @@
 """The report of `python -m bench.cpu`, drawn from cpu.json: cpu.md and two plots for each backend."""
 
-import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from bench import results
 from bench.files import replace, write_atomically
 from bench.providers import REFERENCE
 from bench.results import Record
@@ -30,16 +30,7 @@ def read(folder: Path) -> Record:
     Raises:
         FileNotFoundError, ValueError: there is none, or it is not one.
     """
-    path = folder / JSON
-    if not path.exists():
-        raise FileNotFoundError(f"no {JSON} in {folder}; `python -m bench.cpu` makes one")
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict) or not {"environment", "rates", "records", "not_measured"} <= set(content):
-        raise ValueError(f"{path} is not a result of `python -m bench.cpu`")
-    return content
+    return results.read(folder / JSON, ("environment", "rates", "records", "not_measured"), "python -m bench.cpu")
 
 
 def write(content: Record, folder: Path) -> list[Path]:

@@ -23,13 +23,15 @@ import torch
 
 from bench.environment import environment
 from bench.providers import REFERENCE
-from bench.results import Results, default_folder
+from bench.results import Results, default_folder, read
 from bench.tables import by_shape, labels, speedup, table
 
 _ROOT = Path(__file__).resolve().parents[1]
 
 GRACE = 15.0  # seconds that an interrupted stage has to write what it found
 LEAST = 10.0  # a stage that would have less than this isn't started
+SECONDS = 0.5  # for the pairs of a case of long sequences and ragged batches
+NO_RESULT = "no result"
 
 NO_GPU = """No GPU: PyTorch {torch} finds none (torch.cuda.is_available() is False).
 Run this on a machine with a GPU and a CUDA or ROCm build of PyTorch; without network access there, install with
@@ -66,21 +68,21 @@ def plan(out: Path, shapes: str, scratch: Path) -> list[Stage]:
         shapes: as `pytest bench --shapes` takes them.
         scratch: a folder for what nobody reads later.
     """
-    python, junit = sys.executable, scratch / "tests.xml"
+    python, junit, start = sys.executable, scratch / "tests.xml", time.time()
     files = [f"bench/test_{name}.py" for name in ("speed", "memory", "auto")]  # what matters first
     # Relative where it can be: the report shows the command.
     report = out.relative_to(_ROOT) if out.is_relative_to(_ROOT) else out
     return [
         Stage(
             "tests",
-            0.4,
+            0.35,
             ("pytest",),
             lambda seconds: [python, "-m", "pytest", "tests", "-q", f"--junitxml={junit}"],
             lambda: tests_found(junit),
         ),
         Stage(
             "benchmarks",
-            0.5,
+            0.35,
             ("pytest", "pytest_benchmark", "matplotlib"),
             lambda seconds: [
                 python, "-m", "pytest", *files, "-q", "--benchmark-only", "--benchmark-columns=median,iqr,rounds",
@@ -89,8 +91,27 @@ def plan(out: Path, shapes: str, scratch: Path) -> list[Stage]:
             lambda: benchmarks_found(out),
         ),
         Stage(
-            "reports",
+            "long sequences",
+            0.15,
+            ("matplotlib", "rich"),
+            lambda seconds: [
+                python, "-m", "bench.long", "--device=cuda", f"--seconds={SECONDS}", f"--out={report}",
+                f"--time-limit={max(seconds - 2 * GRACE, 1):.0f}",
+            ],
+            lambda: records_found(out / "long.json", start),
+        ),
+        Stage(
+            "ragged batches",
             0.1,
+            ("matplotlib", "rich"),
+            lambda seconds: [
+                python, "-m", "bench.ragged", "--device=cuda", f"--seconds={SECONDS}", f"--out={report}",
+            ],
+            lambda: records_found(out / "ragged.json", start),
+        ),
+        Stage(
+            "reports",
+            0.05,
             ("matplotlib",),
             lambda seconds: [python, "-m", "bench.report", str(out)],
             lambda: (str(out), False),
@@ -159,7 +180,7 @@ def _wait_or_kill(process: "subprocess.Popen[bytes]", grace: float) -> None:
 def tests_found(junit: Path) -> tuple[str, bool]:
     """What pytest's JUnit file says, in words, and whether a test failed."""
     if not junit.exists():
-        return "no result", True
+        return NO_RESULT, True
     suite = next(ElementTree.parse(junit).getroot().iter("testsuite"))
     count = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     failed = count["failures"] + count["errors"]
@@ -172,7 +193,7 @@ def benchmarks_found(out: Path) -> tuple[str, bool]:
     try:
         results = Results.read(out)
     except (FileNotFoundError, ValueError):
-        return "no result", True
+        return NO_RESULT, True
     failed = sum(x["outcome"] == "failed" for x in results.not_measured)
     skipped = len(results.not_measured) - failed
     detail = f"{len(results.records)} measured, {failed} failed, {skipped} skipped"
@@ -183,6 +204,19 @@ def benchmarks_found(out: Path) -> tuple[str, bool]:
         if provider != REFERENCE and ratios:
             detail += f"; {name} {statistics.median(ratios):.2f}×"
     return detail + (f" as fast as {REFERENCE} (training step, median)" if "×" in detail else ""), failed > 0
+
+
+def records_found(path: Path, start: float) -> tuple[str, bool]:
+    """How much a result written since `start` (of `time.time`) has, in words, and whether something failed."""
+    try:
+        if path.stat().st_mtime < start:
+            return NO_RESULT, True
+        content = read(path, ("records", "not_measured"), "python -m bench.gpu")
+    except (OSError, ValueError):
+        return NO_RESULT, True
+    skipped = sum(x.get("outcome") == "skipped" for x in content["not_measured"])
+    failed = len(content["not_measured"]) - skipped
+    return f"{len(content['records'])} measured, {failed} failed, {skipped} skipped", failed > 0
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:

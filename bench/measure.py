@@ -3,10 +3,10 @@
 import gc
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,14 @@ def clock() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+class Repeated(Protocol):
+    """What can be timed again and again, each time as if it were the first."""
+
+    def clear(self) -> None: ...
+
+    def __call__(self) -> Any: ...
 
 
 class Call:
@@ -127,7 +135,7 @@ def _expected(shape: Shape, gradients: bool, device: torch.device) -> dict[str, 
     # Rounded as the providers' are, so that only the arithmetic differs.
     input, doutput = (x.detach().to(device, shape.torch_dtype).to(dtype) for x in _data(shape))
     input.requires_grad_(gradients)
-    with _without_tf32(), torch.set_grad_enabled(gradients):
+    with without_tf32(), torch.set_grad_enabled(gradients):
         output = lstm(input)[0]
         if gradients:
             output.backward(doutput)
@@ -139,7 +147,8 @@ def _expected(shape: Shape, gradients: bool, device: torch.device) -> dict[str, 
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
+def without_tf32() -> Iterator[None]:
+    """Lets cuDNN's recurrent layers compute in float32 as it is."""
     rnn: Any = torch.backends.cudnn.rnn
     given = rnn.fp32_precision
     rnn.fp32_precision = "ieee"
@@ -149,7 +158,7 @@ def _without_tf32() -> Iterator[None]:
         rnn.fp32_precision = given
 
 
-def once(call: Call) -> float:
+def once(call: Repeated) -> float:
     """Seconds that one call takes."""
     call.clear()
     start = clock()
@@ -163,22 +172,26 @@ def rounds_within(seconds: float, call: Call, least: int, most: int) -> int:
     return max(least, min(most, round(seconds / once(call))))
 
 
-def interleave(a: Call, b: Call, pairs: int) -> tuple[list[float], list[float]]:
-    """Seconds of `a` and `b` called in turns, so that whatever else the machine does meets both alike."""
-    times_a, times_b = [], []
+def in_turns(calls: Sequence[Repeated], rounds: int) -> list[list[float]]:
+    """Seconds of each of `calls` in each round, so that whatever else the machine does meets all alike."""
+    times: list[list[float]] = [[] for _ in calls]
     enabled = gc.isenabled()
     gc.disable()
     try:
-        for k in range(pairs):
-            if k % 2:  # each is as often the second of a pair
-                times_b.append(once(b))
-                times_a.append(once(a))
-            else:
-                times_a.append(once(a))
-                times_b.append(once(b))
+        for k in range(rounds):
+            # Each is as often at each place of a round, and comes after each of its neighbours.
+            order = [(i + k // 2) % len(calls) for i in range(len(calls))]
+            for i in reversed(order) if k % 2 else order:
+                times[i].append(once(calls[i]))
     finally:
         if enabled:
             gc.enable()
+    return times
+
+
+def interleave(a: Repeated, b: Repeated, pairs: int) -> tuple[list[float], list[float]]:
+    """`in_turns` of two."""
+    times_a, times_b = in_turns((a, b), pairs)
     return times_a, times_b
 
 

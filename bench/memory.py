@@ -1,12 +1,13 @@
 """Memory: what forward keeps for backward, and the peak of a training step.
 
-`python -m bench.memory PROVIDER SHAPE` prints the peak resident bytes of one training step, as
-JSON: the high-water mark of a process cannot be told apart from what it did before, so each
-measurement on a CPU has a process of its own.
+`python -m bench.memory PROVIDER SHAPE [DEVICE]` prints what `training_step` finds, as JSON: the
+high-water mark of a process cannot be told apart from what it did before, so each measurement on a
+CPU has a process of its own.
 """
 
 import contextlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure import Call
+from bench.measure import Call, clock, gradient
 from bench.shapes import Shape
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -69,23 +70,56 @@ def kept_for_backward(call: Call) -> int:
 
 def peak_bytes(provider: str, shape: Shape, device: torch.device) -> tuple[int, str]:
     """The peak that a training step adds to what weights and data take, and of what: "allocated" or "resident"."""
-    if device.type == "cuda":
-        call = Call(provider, shape, "training step", device)
-        call()  # once for what is allocated at the first call only, such as cuBLAS's workspace
-        call.clear()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, "allocated"
+    on_gpu = device.type == "cuda"
+    found = training_step(provider, shape, device) if on_gpu else alone(provider, shape, device)
+    return found["peak_bytes"], found["peak_kind"]
+
+
+def alone(provider: str, shape: Shape, device: torch.device) -> dict[str, Any]:
+    """What `training_step` finds in a process of its own."""
+    return in_process("bench.memory", provider, str(shape), device.type)
+
+
+def in_process(*arguments: str) -> dict[str, Any]:
+    """The JSON that `python -m` with these arguments prints last, on as many threads as this process has.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", "bench.memory", provider, str(shape)],
+        [sys.executable, "-m", *arguments], env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         cwd=_ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"the process that measures memory failed:\n{done.stderr}")
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"]), "resident"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def training_step(provider: str, shape: Shape, device: torch.device) -> dict[str, Any]:
+    """What one training step takes, and whether its gradients are finite."""
+    # Loads libraries, starts threads; on a GPU also for what is allocated at the first call only.
+    Call(provider, shape if device.type == "cuda" else replace(shape, steps=2), "training step", device)()
+    call = Call(provider, shape, "training step", device)
+    found = one_call(call, device)
+    gradients = [gradient(x) for x in (call.input, *call.module.parameters())]
+    return found | {"finite": all(bool(x.isfinite().all()) for x in gradients)}
+
+
+def one_call(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """Seconds of a call, and the most bytes that it adds to those that were "allocated" or "resident" before."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        forget_high_water()
+        before = high_water()
+    start = clock()
+    call()
+    seconds = clock() - start
+    most = torch.cuda.max_memory_allocated() if on_gpu else high_water()
+    return {"seconds": seconds, "peak_bytes": most - before, "peak_kind": "allocated" if on_gpu else "resident"}
 
 
 def high_water() -> int:
@@ -108,13 +142,8 @@ def forget_high_water() -> None:
 
 def main(arguments: list[str]) -> None:
     provider, shape = arguments[0], Shape.parse(arguments[1])
-    cpu = torch.device("cpu")
-    Call(provider, replace(shape, steps=2), "training step", cpu)()  # loads libraries, starts threads
-    call = Call(provider, shape, "training step", cpu)
-    forget_high_water()
-    before = high_water()
-    call()
-    print(json.dumps({"peak_bytes": high_water() - before}))
+    device = torch.device(arguments[2] if len(arguments) > 2 else "cpu")
+    print(json.dumps(training_step(provider, shape, device)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What is compared: ways to run one and the same LSTM."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,17 +11,24 @@ from lstm_triton import TritonLSTM, dispatch
 
 REFERENCE = "nn.LSTM"
 LOOP = "loop"
-_TRITON_LSTM = {f"TritonLSTM-{backend}": backend for backend in ("auto", "torch", "eager", "triton")}
 AUTO = "TritonLSTM-auto"
+RECOMPUTE = "TritonLSTM-recompute"
+# What TritonLSTM is told.
+OPTIONS: dict[str, dict[str, Any]] = {
+    **{f"TritonLSTM-{backend}": {"backend": backend} for backend in ("auto", "torch", "eager", "triton")},
+    RECOMPUTE: {"backend": "auto", "recompute": True},
+}
 # Those whose arithmetic is this project's.
 OWN = ("TritonLSTM-eager", "TritonLSTM-triton")
-PROVIDERS = (REFERENCE, *_TRITON_LSTM, LOOP)
+# Where memory is compared, and where speed is: recomputing changes what is kept, at the price of some speed.
+OF_MEMORY = (REFERENCE, *OPTIONS, LOOP)
+PROVIDERS = tuple(name for name in OF_MEMORY if name != RECOMPUTE)
 
 
-def available(device: torch.device) -> list[str]:
-    """The providers that run on `device`. Kernels in Triton's interpreter say nothing about speed: never timed."""
+def available(device: torch.device, wanted: Sequence[str] = PROVIDERS) -> list[str]:
+    """Those that run on `device`. Kernels in Triton's interpreter say nothing about speed: never timed."""
     triton_runs = dispatch.has_triton() if device.type == "cuda" else dispatch.has_native()
-    return [name for name in PROVIDERS if _TRITON_LSTM.get(name) != "triton" or triton_runs]
+    return [name for name in wanted if name != "TritonLSTM-triton" or triton_runs]
 
 
 def label(provider: str, device_type: str, hip: bool = False) -> str:
@@ -30,7 +38,8 @@ def label(provider: str, device_type: str, hip: bool = False) -> str:
         return f"nn.LSTM ({library})"
     if provider == LOOP:
         return "per-step loop"
-    return f"TritonLSTM ({_TRITON_LSTM[provider]})"
+    options = OPTIONS[provider]
+    return f"TritonLSTM ({options['backend']}{', recompute' if options.get('recompute') else ''})"
 
 
 class LoopLSTM(nn.Module):
@@ -88,6 +97,6 @@ def make(provider: str, lstm: nn.LSTM) -> nn.Module:
         "device": weight.device,
         "dtype": weight.dtype,
     }
-    module = nn.LSTM(**options) if provider == REFERENCE else TritonLSTM(**options, backend=_TRITON_LSTM[provider])
+    module = nn.LSTM(**options) if provider == REFERENCE else TritonLSTM(**options, **OPTIONS[provider])
     module.load_state_dict(lstm.state_dict())
     return module

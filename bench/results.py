@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,7 @@ class Results:
         """
         if (folder / PART).exists():
             os.replace(folder / PART, folder / JSON)
-        path = folder / JSON
-        if not path.exists():
-            raise FileNotFoundError(f"no {JSON} in {folder}; `pytest bench --benchmark-only` makes one")
-        try:
-            content = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        if not isinstance(content, dict) or not {"environment", "records"} <= set(content):
-            raise ValueError(f"{path} is not a result of the benchmarks: it lacks environment or records")
+        content = read(folder / JSON, ("environment", "records"), "pytest bench --benchmark-only")
         results = cls(content["environment"])
         results.records = content["records"]
         results.not_measured = content.get("not_measured", [])
@@ -66,6 +59,23 @@ class Results:
 
     def group(self, name: str) -> list[Record]:
         return [r for r in self.records if r["group"] == name]
+
+
+def read(path: Path, keys: Iterable[str], command: str) -> dict[str, Any]:
+    """What a result says that `command` has written.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it lacks one of the keys.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}; `{command}` makes one")
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict) or not set(keys) <= set(content):
+        raise ValueError(f"{path} is not a result of `{command}`: it lacks {' or '.join(keys)}")
+    return content
 
 
 def default_folder(environment: dict[str, Any]) -> Path:

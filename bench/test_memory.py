@@ -13,7 +13,7 @@ from bench.memory import kept_for_backward, peak_bytes
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     chosen = shapes.for_run(config.getoption("shapes"), timed=not config.getoption("benchmark_disable"))
-    cases = [(s, p) for s in chosen.memory for p in providers.available(default_device())]
+    cases = [(s, p) for s in chosen.memory for p in providers.available(default_device(), providers.OF_MEMORY)]
     metafunc.parametrize(("shape", "provider"), cases, ids=str)
 
 

@@ -1,6 +1,7 @@
 """The benchmarks' own machinery: shapes, checks, memory, reports and the plan of a run on a GPU."""
 
 import csv
+import json
 import subprocess
 import sys
 import time
@@ -276,11 +277,15 @@ def stage(name: str, share: float, failed: bool = False, needs: tuple[str, ...] 
 
 def test_gpu_stages(tmp_path):
     stages = gpu.plan(tmp_path, "gpu", tmp_path)
-    assert [s.name for s in stages] == ["tests", "benchmarks", "reports"]
+    assert [s.name for s in stages] == ["tests", "benchmarks", "long sequences", "ragged batches", "reports"]
     assert sum(s.share for s in stages) == pytest.approx(1)
     command = stages[1].command(100.0)
     assert "--benchmark-only" in command and "--time-limit=70" in command and f"--report-dir={tmp_path}" in command
-    assert stages[0].found() == stages[1].found() == ("no result", True)
+    for stage, module in zip(stages[2:4], ("bench.long", "bench.ragged"), strict=True):
+        command = stage.command(100.0)
+        assert command[1:3] == ["-m", module] and {"--device=cuda", f"--out={tmp_path}", "--seconds=0.5"} <= {*command}
+    assert "--time-limit=70" in stages[2].command(100.0)
+    assert [stage.found() for stage in stages[:4]] == [("no result", True)] * 4
 
 
 def test_gpu_stages_get_the_time_that_others_leave():
@@ -324,3 +329,15 @@ def test_gpu_results_in_words(folder, tmp_path):
     junit = tmp_path / "tests.xml"
     junit.write_text('<testsuites><testsuite tests="9" failures="1" errors="1" skipped="2"/></testsuites>')
     assert gpu.tests_found(junit) == ("5 passed, 2 failed, 2 skipped", True)
+
+
+def test_gpu_results_of_an_earlier_run_are_not_this_ones(tmp_path):
+    path, start = tmp_path / "long.json", time.time()
+    outcomes = [{"name": "a", "outcome": "skipped", "why": ""}, {"name": "b", "why": "differs"}]
+    path.write_text(json.dumps({"records": [{}, {}], "not_measured": outcomes}))
+    assert gpu.records_found(path, start - 9) == ("2 measured, 1 failed, 1 skipped", True)
+    assert gpu.records_found(path, start + 9) == ("no result", True)
+    path.write_text(json.dumps({"records": [{}], "not_measured": outcomes[:1]}))
+    assert gpu.records_found(path, start - 9) == ("1 measured, 0 failed, 1 skipped", False)
+    path.write_text("{")
+    assert gpu.records_found(path, start - 9) == ("no result", True)
