@@ -28,6 +28,8 @@ PROGRAM_STEPS = 16
 # A fused kernel on a CPU goes through all weights, and their gradients, in each step: it wants a row for so many of
 # them. Beyond the second number no kernel pays: PyTorch's products of large matrices are as fast (bench/cpu.py).
 FUSED_WEIGHTS, MOST_WEIGHTS = 16 * 1024, 1024 * 1024
+# On a packed batch, rows that each of its programs wants, for which it adds up gradients of its own (bench/ragged.py).
+FUSED_PROGRAM_ROWS = 256
 # Numbers that the tiles of the batch may add up together, each its own gradients of the weights.
 FUSED_MOST_SUMS = 4 * 1024 * 1024
 # How much may be lost to padding, as tiles are powers of two: weights up to a number, and times as many operations.
@@ -140,6 +142,8 @@ def choose_on_cpu(
         return Plan("step", block_b, min(block_h, 32), min(block_k, 64), 1)
     weights, tiles = 4 * block_h * (block_k + _power(features)), -(-batch // block_b)
     few = weights <= min(block_b * FUSED_WEIGHTS, MOST_WEIGHTS)
+    if lengths is not None:
+        few = few and sum(lengths) >= tiles * FUSED_PROGRAM_ROWS
     fused = size == hidden and few and tiles * weights <= FUSED_MOST_SUMS
     return Plan("persistent", block_b, block_h, block_k, 1, fused=fused)
 
