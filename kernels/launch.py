@@ -115,10 +115,9 @@ class Launch:
 
     def gradients(self, window: Window, saved: Saved, dhn: Tensor, dcn: Tensor) -> Gradients:
         """Room for what backward returns."""
-        nothing = saved.gates.new_empty(0)
-        dgates = nothing if self.plan.fused else torch.empty_like(saved.gates)
-        dh = saved.gates.new_empty(self.D, window.size(self.D), self.K) if self.projected else nothing
-        return Gradients(torch.empty_like(dhn), torch.empty_like(dcn), dgates, dh, nothing)
+        dgates = saved.gates if self.plan.fused else torch.empty_like(saved.gates)
+        dh = dgates.new_empty(self.D, window.size(self.D), self.K) if self.projected else None
+        return Gradients(torch.empty_like(dhn), torch.empty_like(dcn), dgates, dh, None)
 
 
 @lru_cache(maxsize=256)

@@ -364,13 +364,14 @@ def backward(
         # Each tile of the batch adds up its own; where there is but one, these are the gradients themselves.
         tiles = launch.grid[0]
         single = tiles == D == 1
-        dx = hx.new_empty((D, window.size(D), I) if input_wanted else (0,))
+        size = window.size(D)
+        dx = hx.new_empty(((D, size, I) if D > 1 else (size, I)) if input_wanted else (0,))
         shapes = ((G, I), (G, K), (G,), (G,)) if weights_wanted else ((0,), (0,), (0,), (0,))
         dw = [hx.new_empty(shape if single else (tiles, D, *shape)) for shape in shapes]
     start(
         backward_kernel, launch.grid, [
             doutput, dhn, dcn, saved.gates, saved.c, output, hx, cx,
-            found.dgates, found.dh, found.dhx, found.dcx,
+            found.dgates, hx if found.dh is None else found.dh, found.dhx, found.dcx,
             launch.w_hh, launch.w_hr, launch.x, launch.w_ih, dx, *dw, launch.offsets, launch.mask,
             *launch.numbers(window),
         ], launch.constants, CELL=lstm_backward, DX=fused and input_wanted, DW=fused and weights_wanted,
@@ -380,4 +381,5 @@ def backward(
     each = dw if launch.bias else dw[:2]
     if not single:
         each = [x[:, d].sum(0) for d in range(D) for x in each]
-    return LayerGradients(found.dhx, found.dcx, dx, each)
+    pieces = [] if not input_wanted else [dx] if D == 1 else list(dx)
+    return LayerGradients(found.dhx, found.dcx, pieces, each)

@@ -235,7 +235,8 @@ def backward(
     def run(s: int, stage: str, size: int) -> None:
         start(
             backward_kernel, _grid(launch, size), [
-                doutput, saved.gates, saved.c, cx, found.dgates, found.dhx, found.dcx, found.dh, dq,
+                doutput, saved.gates, saved.c, cx, found.dgates, found.dhx, found.dcx,
+                dq if found.dh is None else found.dh, dq,
                 launch.w_hh, launch.offsets, launch.mask, s, *launch.numbers(window),
             ], launch.constants, CELL=lstm_backward, STAGE=stage,
         )  # fmt: skip
@@ -245,6 +246,7 @@ def backward(
             run(s, "state", launch.K)
             for d, rows, at in _slices(launch, s):
                 at = slice(at.start - window.rows(d).start, at.stop - window.rows(d).start)
+                assert found.dh is not None
                 dq[d, :rows] = found.dh[d, at] @ weight_hr[d]
             run(s, "cell", launch.H)
         else:

@@ -84,7 +84,7 @@ class Eager:
         dgates = torch.empty_like(saved.gates)
         h_prev = self._multiplied(window, output, hx) if saved.h_prev is None else saved.h_prev
         projected = self.layer.directions[0][4] is not None
-        dh = torch.empty_like(h_prev) if projected else h_prev.new_empty(0)
+        dh = torch.empty_like(h_prev) if projected else None
         found = Gradients(dhn.clone(), dcn.clone(), dgates, dh, h_prev)
         for d, (_, w_hh, _, _, w_hr) in enumerate(self.layer.directions):
             part, reverse = window.part(d), d == 1
@@ -93,7 +93,7 @@ class Eager:
             _backward(
                 saved.gates[d, rows], c, part.previous(c, cx[d], reverse),
                 doutput[window.rows(d), self._columns(d)].to(self.dtype), found.dhx[d], found.dcx[d], dgates[d, rows],
-                dh[d, rows] if projected else None, w_hh, w_hr, part, reverse, self._mask(d, window),
+                None if dh is None else dh[d, rows], w_hh, w_hr, part, reverse, self._mask(d, window),
             )  # fmt: skip
         return found
 

@@ -51,8 +51,7 @@ class Operator:
         layer, dtype = self.layer, output.dtype
         dhx, dcx = dhn.clone(), dcn.clone()
         directions = len(layer.directions)
-        shape = (directions, window.size(directions), layer.input.size(1))
-        dinput = layer.input.new_empty(shape if input_wanted else (0,))
+        dinput: list[Tensor] = []
         dweights: list[Tensor] = []
         for d in range(directions):
             x, order, rows = self._input(window, d)
@@ -68,7 +67,7 @@ class Operator:
                 found = list(torch.autograd.grad(outputs, wanted, given))
             if input_wanted:
                 dx = found.pop(0)
-                dinput[d, : dx.size(0)] = dx if order is None else dx[order]
+                dinput.append(dx if order is None else dx[order])
             dhx[d, :rows], dcx[d, :rows] = found.pop(0)[0], found.pop(0)[0]
             dweights += found
         return LayerGradients(dhx, dcx, dinput, dweights)

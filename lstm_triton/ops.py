@@ -172,7 +172,7 @@ def forward(
     stack = _Stack(
         input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend
     )  # fmt: skip
-    recompute = save and chunk > 0
+    recompute, same = save and chunk > 0, stack.kept == stack.dtype
     x = stack.input
     width = stack.directions * hx.size(2)
     hn, cn, outputs, gates, cells = [], [], [], [], []
@@ -181,13 +181,13 @@ def forward(
             layer = stack.layer(k, x)
             engine = _ENGINES[backend](layer)
             y = x.new_empty(x.size(0), width)
-            h, c, borders = layer.hx, layer.cx.to(stack.kept), []
+            h, c, borders = layer.hx, layer.cx if same else layer.cx.to(stack.kept), []
             for window in windows(layer.layout, chunk if recompute else 0 if save else engine.window_length):
                 if recompute and window.first > 0:
                     borders.append(c)
                 h, c, kept_gates, kept_c = engine.forward(window, y, h, c, save and not recompute)
-            hn.append(h.to(stack.dtype))
-            cn.append(c.to(stack.dtype))
+            hn.append(h if same else h.to(stack.dtype))
+            cn.append(c if same else c.to(stack.dtype))
             if recompute:
                 kept_gates = y.new_empty(0)
                 kept_c = torch.stack(borders) if borders else c.new_empty(0, *c.shape)
@@ -267,105 +267,120 @@ def backward(
     outputs = [*kept[: num_layers - 1], _flat(output)]
     gates, cells = kept[num_layers - 1 : 2 * num_layers - 1], kept[2 * num_layers - 1 :]
     dy = _flat(doutput)
-    dhx, dcx, dweights = [dhn] * num_layers, [dcn] * num_layers, list(weights)
+    wanted = input_wanted, weights_wanted
     with gemms_as_rnn(stack.input):
-        for k in range(num_layers - 1, -1, -1):
-            rows, y = stack.rows(k), outputs[k]
-            layer = stack.layer(k, stack.input if k == 0 else stack.drop(outputs[k - 1], k - 1))
-            engine = _ENGINES[backend](layer)
-            # What is made of kept gates, as wide as they are, is made for some steps at a time, too.
-            parts = windows(stack.layout, chunk or (engine.window_length if stack.directions == 1 else 0))
-            sums = _Sums(layer, bias, len(parts) > 1, input_wanted or k > 0, weights_wanted)
-            dh, dc = dhn[rows].to(stack.kept), dcn[rows].to(stack.kept)
-            cx_k = layer.cx.to(stack.kept)
-            for index, window in reversed(list(enumerate(parts))):
-                h = window.state_before(y, layer.hx)
-                if chunk:
-                    c = cells[k][index - 1] if index else cx_k
-                    saved = engine.rebuild(window, y, h, c)
-                elif len(parts) == 1:
-                    c, saved = cx_k, Saved(gates[k], cells[k])
-                else:
-                    c, own = window.state_before(cells[k][0], cx_k), window.rows(0)
-                    saved = Saved(gates[k][:, own], cells[k][:, own])
-                found = engine.backward(window, y, dy, saved, h, c, dh, dc, sums.input_wanted, weights_wanted)
-                sums.add(window, found, saved)
-                dh, dc = found.dhx, found.dcx
-            dhx[k], dcx[k] = dh.to(stack.dtype), dc.to(stack.dtype)
-            dweights[stack.weights_of(k)] = sums.weights()
-            dy = stack.drop(sums.dinput, k - 1) if k else sums.dinput
-    dinput = dy.view(input.shape) if input_wanted else input.new_empty(0)
-    states = [dhx[0], dcx[0]] if num_layers == 1 else [torch.cat(dhx), torch.cat(dcx)]
-    return [dinput, *states, *(dweights if weights_wanted else [w.new_empty(0) for w in weights])]
+        if num_layers == 1:
+            dinput, dh, dc, dweights = _layer_gradients(
+                stack, 0, stack.input, outputs[0], dy, dhn, dcn, gates[0], cells[0], chunk, *wanted
+            )
+        else:
+            dhx, dcx, dweights = [dhn] * num_layers, [dcn] * num_layers, []
+            for k in range(num_layers - 1, -1, -1):
+                rows = stack.rows(k)
+                x = stack.drop(outputs[k - 1], k - 1) if k else stack.input
+                dinput, dhx[k], dcx[k], found = _layer_gradients(
+                    stack, k, x, outputs[k], dy, dhn[rows], dcn[rows], gates[k], cells[k], chunk,
+                    input_wanted or k > 0, weights_wanted,
+                )  # fmt: skip
+                dweights = found + dweights
+                if k:
+                    dy = stack.drop(dinput, k - 1)
+            dh, dc = torch.cat(dhx), torch.cat(dcx)
+    if stack.kept != stack.dtype:
+        dh, dc = dh.to(stack.dtype), dc.to(stack.dtype)
+    if not weights_wanted:
+        dweights = [w.new_empty(0) for w in weights]
+    return [dinput.view(input.shape) if input_wanted else input.new_empty(0), dh, dc, *dweights]
 
 
-class _Sums:
-    """The gradients of a layer's input and weights, added up over its windows.
+def _layer_gradients(
+    stack: _Stack,
+    k: int,
+    input: Tensor,
+    output: Tensor,
+    doutput: Tensor,
+    dhn: Tensor,
+    dcn: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    chunk: int,
+    input_wanted: bool,
+    weights_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Those of layer k: of its input (N, ·), hx, cx and weights; arguments as of `backward`."""
+    layer = stack.layer(k, input)
+    engine = _ENGINES[stack.backend](layer)
+    # What is made of kept gates, as wide as they are, is made for some steps at a time, too.
+    parts = windows(stack.layout, chunk or (engine.window_length if stack.directions == 1 else 0))
+    dh, dc, cx = dhn, dcn, layer.cx
+    if stack.kept != stack.dtype:
+        dh, dc, cx = (x.to(stack.kept) for x in (dhn, dcn, cx))
+    if len(parts) == 1 and not chunk:
+        window, saved = parts[0], Saved(gates, cells)
+        found = engine.backward(window, output, doutput, saved, layer.hx, cx, dh, dc, input_wanted, weights_wanted)
+        dx, dweights = _products(stack, layer, window, saved, found, input_wanted, weights_wanted)
+        if stack.directions == 2 and input_wanted:
+            dx[0].add_(dx[1])
+        dtype = stack.dtype
+        if weights_wanted and dweights[0].dtype != dtype:
+            dx, dweights = [x.to(dtype) for x in dx], [x.to(dtype) for x in dweights]
+        return dx[0] if input_wanted else input, found.dhx, found.dcx, dweights
+    dinput = torch.zeros_like(input) if input_wanted else input
+    sums: list[Tensor] = []
+    for index in range(len(parts) - 1, -1, -1):
+        window = parts[index]
+        h = window.state_before(output, layer.hx)
+        if chunk:
+            c = cells[index - 1] if index else cx
+            saved = engine.rebuild(window, output, h, c)
+        else:
+            c, rows = window.state_before(cells[0], cx), window.rows(0)
+            saved = Saved(gates[:, rows], cells[:, rows])
+        found = engine.backward(window, output, doutput, saved, h, c, dh, dc, input_wanted, weights_wanted)
+        dh, dc = found.dhx, found.dcx
+        dx, dweights = _products(stack, layer, window, saved, found, input_wanted, weights_wanted)
+        for d, x in enumerate(dx):
+            dinput[window.rows(d)] += x  # the windows of two directions overlap
+        if not sums:  # in the dtype that states are kept in, so that half precision rounds them once
+            sums = [x.to(stack.kept) for x in dweights]
+        else:
+            for total, x in zip(sums, dweights, strict=True):
+                total += x
+    return dinput, dh, dc, [x.to(stack.dtype) for x in sums]
 
-    Over several windows in the dtype that states are kept in, so that half precision rounds them once.
-    """
 
-    def __init__(self, layer: Layer, bias: bool, several: bool, input_wanted: bool, weights_wanted: bool) -> None:
-        self.layer, self.bias = layer, bias
-        self.several, self.input_wanted, self.weights_wanted = several, input_wanted, weights_wanted
-        self.dinput = layer.input.new_empty(0)
-        if input_wanted:
-            # Where windows overlap, as those of two directions do, all add to what is there.
-            both = several and len(layer.directions) > 1
-            self.dinput = torch.zeros_like(layer.input) if both else torch.empty_like(layer.input)
-        self.dweights: list[Tensor] = []
-
-    def add(self, window: Window, found: Gradients | LayerGradients, saved: Saved) -> None:
-        """What a window's backward found."""
-        if isinstance(found, LayerGradients):
-            self._add_weights(found.dweights)
-            if self.input_wanted:
-                for d, dx in enumerate(found.dinput):
-                    self._add_input(window, d, dx)
-            return
-        hidden = saved.c.size(2)
-        sums: list[Tensor] = []
-        for d, (w_ih, *_) in enumerate(self.layer.directions):
-            rows = window.rows(d)
-            own = slice(0, rows.stop - rows.start)
-            da = found.dgates[d, own]
-            if self.input_wanted:
-                self._add_input(window, d, da @ w_ih.to(da.dtype))
-            if self.weights_wanted:
-                x, h_prev = self.layer.input[rows].to(da.dtype), found.h_prev[d, own]
-                sums += [da.t() @ x, da.t() @ h_prev]
-                if self.bias:
-                    db = da.sum(0)
-                    sums += [db, db.clone()]  # operators may not return one tensor twice
-                if found.dh.numel():
-                    q = (saved.gates[d, own, 3 * hidden :] * torch.tanh(saved.c[d, own])).to(da.dtype)
-                    sums.append(found.dh[d, own].t() @ q)
-        self._add_weights(sums)
-
-    def _add_input(self, window: Window, d: int, dx: Tensor) -> None:
+def _products(
+    stack: _Stack,
+    layer: Layer,
+    window: Window,
+    saved: Saved,
+    found: Gradients | LayerGradients,
+    input_wanted: bool,
+    weights_wanted: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of a window's input, by each direction (rows, ·), and of the weights."""
+    if isinstance(found, LayerGradients):
+        if window.whole or not input_wanted:
+            return found.dinput, found.dweights
+        return [x[: window.part(d).total] for d, x in enumerate(found.dinput)], found.dweights
+    dx, dweights = [], []
+    hidden = saved.c.size(2)
+    for d, (w_ih, *_) in enumerate(layer.directions):
         rows = window.rows(d)
-        own = self.dinput[rows]
-        dx = dx[: own.size(0)]
-        if not self.several and d == 0 and dx.dtype == own.dtype:
-            self.dinput = dx
-        elif self.several and len(self.layer.directions) > 1 or d > 0:
-            own.add_(dx)
-        else:
-            own.copy_(dx)
-
-    def _add_weights(self, found: list[Tensor]) -> None:
-        if not self.several or not self.weights_wanted:
-            self.dweights = found
-        elif not self.dweights:
-            kept = state_dtype(self.layer.input.dtype)
-            self.dweights = [x.to(kept) for x in found]
-        else:
-            for total, x in zip(self.dweights, found, strict=True):
-                total.add_(x)
-
-    def weights(self) -> list[Tensor]:
-        dtype = self.layer.input.dtype
-        return [x if x.dtype == dtype else x.to(dtype) for x in self.dweights]
+        own = slice(0, rows.stop - rows.start)
+        da = found.dgates[d, own]
+        if input_wanted:
+            dx.append(da @ w_ih.to(da.dtype))
+        if weights_wanted:
+            assert found.h_prev is not None
+            dweights += [da.t() @ layer.input[rows].to(da.dtype), da.t() @ found.h_prev[d, own]]
+            if stack.bias:
+                db = da.sum(0)
+                dweights += [db, db.clone()]  # operators may not return one tensor twice
+            if found.dh is not None:
+                q = (saved.gates[d, own, 3 * hidden :] * torch.tanh(saved.c[d, own])).to(da.dtype)
+                dweights.append(found.dh[d, own].t() @ q)
+    return dx, dweights
 
 
 lstm_backward = torch.library.custom_op("lstm_triton::lstm_backward", backward, mutates_args=())

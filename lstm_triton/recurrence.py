@@ -53,11 +53,11 @@ class Layout:
             )
         return cls(starts, rows, batch)
 
-    @property
+    @cached_property
     def steps(self) -> int:
         return len(self.rows)
 
-    @property
+    @cached_property
     def total(self) -> int:
         return self.starts[-1] + self.rows[-1]
 
@@ -273,8 +273,8 @@ class Gradients(NamedTuple):
     dhx: Tensor  # (D, B, K) of the states before it, float32 or float64
     dcx: Tensor  # (D, B, H) the same
     dgates: Tensor  # (D, n, 4H) with respect to the gates before activation
-    dh: Tensor  # (D, n, K) with respect to each step's h; empty without projections
-    h_prev: Tensor  # (D, n, K) the masked h that each step multiplied
+    dh: Tensor | None  # (D, n, K) with respect to each step's h, with projections
+    h_prev: Tensor | None  # (D, n, K) the masked h that each step multiplied
 
 
 class LayerGradients(NamedTuple):
@@ -282,7 +282,7 @@ class LayerGradients(NamedTuple):
 
     dhx: Tensor  # (D, B, K)
     dcx: Tensor  # (D, B, H)
-    dinput: Tensor  # (D, n, I); empty where it isn't wanted
+    dinput: list[Tensor]  # for each direction (n, I); none where they aren't wanted
     dweights: list[Tensor]  # one for each of a layer's weights; empty ones where they aren't wanted
 
 

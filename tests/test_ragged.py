@@ -120,7 +120,8 @@ def test_tiles_follow_the_lengths() -> None:
     sizes = (32, 64, 64, 64, 1, 2)
     dense = plan.choose_on_cpu(*sizes)
     assert plan.choose_on_cpu(*sizes, None, (100,) * 32) == dense
-    assert plan.choose_on_cpu(*sizes, None, (500,) + (10,) * 31).block_b < dense.block_b
+    ragged = plan.choose_on_cpu(*sizes, None, (500,) + (10,) * 31)
+    assert ragged.block_b < dense.block_b and dense.fused and not ragged.fused
 
 
 def test_programs_run_the_steps_of_their_rows(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
@@ -130,7 +131,7 @@ def test_programs_run_the_steps_of_their_rows(monkeypatch: pytest.MonkeyPatch, d
     module = TritonLSTM(64, 64, backend="triton")
     text = module.explain(torch.randn(500, 32, 64), lengths=[500] + [10] * 31)
     ratio = float(text.split("; ")[-1].split(" rows run for each")[0].split()[-1])
-    assert 1 <= ratio < 1.5, text
+    assert 1 <= ratio < 2, text  # of tiles of 16 rows it would be 10
     assert "end after 10 to 500 steps" in text
 
 

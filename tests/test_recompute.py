@@ -305,6 +305,6 @@ def test_offsets_beyond_32_bits(way: str, tmp_path: Path) -> None:
                 run.launch, window, y, room(hidden, dy), Saved(gates, cells), h, c, dh, dc, True, True
             )  # fmt: skip
         found.append([y[at], done.hn, done.cn, gates[0, at], cells[0, at], back.dhx, back.dcx])
-        found[-1] += [back.dinput[0, at], *back.dweights] if isinstance(back, LayerGradients) else [back.dgates[0, at]]
+        found[-1] += [back.dinput[0][at], *back.dweights] if isinstance(back, LayerGradients) else [back.dgates[0, at]]
     for near, apart in zip(*found, strict=True):
         assert torch.equal(near, apart)
