@@ -12,7 +12,7 @@ bench: $(READY)
 # Natively on a CPU, or on a GPU; then a part in Triton's interpreter.
 test: $(READY)
 	$(RUN) pytest
-	TRITON_INTERPRET=1 $(RUN) pytest -m interpreted tests/test_values.py tests/test_dropout.py
+	TRITON_INTERPRET=1 $(RUN) pytest -m interpreted tests/test_values.py tests/test_dropout.py tests/test_recompute.py
 
 lint: $(READY)
 	$(RUN) ruff check .

@@ -18,6 +18,8 @@ from triton.compiler import ASTSource
 from lstm_triton import kernels, plan
 from lstm_triton.kernels import cells, launch
 
+# Arguments that are kept in float32 (float64 for float64) whatever the input's dtype.
+STATES = {f"{name}_ptr" for name in "c cx cn dhn dcn dhx dcx c_state dh_state dc_state".split()}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 def source(function, constants, element):
@@ -26,9 +28,11 @@ def source(function, constants, element):
     for name in function.arg_names:
         if name in constants:
             kind = "constexpr"
-        elif name in ("c_ptr", "c_state_ptr", "dh_state_ptr", "dc_state_ptr"):
+        elif name in STATES:
             kind = "*" + state
         elif name == "offsets_ptr":
+            kind = "*i64"
+        elif name == "seed_ptr":
             kind = "*i64"
         elif name == "mask_ptr":
             kind = "*i64" if constants["DROPOUT"] == "drawn" else "*" + state
@@ -45,18 +49,26 @@ for arch, shared, element, hidden, size, dropout, ragged in json.loads(sys.argv[
     strategy = kernels.STRATEGIES[chosen.strategy]
     assert not chosen.fused, "only the CPU's kernels are"
     # As a launch has them.
-    constants = dict(launch._constants(
+    constants, rebuilding = map(dict, launch._constants(
         DTYPES[element], chosen, 2, hidden, size, 50, hidden != size, True, ragged, dropout, True, "ieee"
     ))
+    for name in ("num_warps", "num_stages"):
+        rebuilding.pop(name)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     stages = [{"DX": False, "DW": False}]
     if chosen.strategy == "step":
         stages = [{"STAGE": stage} for stage in (("state", "cell") if hidden != size else ("both", "state"))]
-    jobs = [(strategy.forward_kernel, {"SAVE": True, "CELL": cells.lstm_forward})]
-    jobs += [(strategy.backward_kernel, {"CELL": cells.lstm_backward} | stage) for stage in stages]
-    for function, extra in jobs:
+    jobs = [(strategy.forward_kernel, constants | {"SAVE": True, "CELL": cells.lstm_forward})]
+    jobs += [(strategy.backward_kernel, constants | {"CELL": cells.lstm_backward} | stage) for stage in stages]
+    jobs += [
+        (kernels.rebuild.multiplied_kernel, rebuilding),
+        (kernels.rebuild.activate_kernel, rebuilding | {"CELL": cells.lstm_forward}),
+    ]
+    if dropout == "drawn":
+        jobs.append((kernels.dropout.drop_kernel, {"F": size, "BLOCK_N": 16, "BLOCK_F": 64}))
+    for function, given in jobs:
         target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch), 32)
-        compiled = triton.compile(source(function, constants | extra, element), target=target, options=options)
+        compiled = triton.compile(source(function, given, element), target=target, options=options)
         text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
         print(json.dumps({
             "case": [arch, element, hidden, size, dropout, function.__name__], "strategy": chosen.strategy,
@@ -105,5 +117,5 @@ def test_fits_in_shared_memory(compiled: list[dict]) -> None:
 def test_tensor_cores_and_no_float_atomics(compiled: list[dict]) -> None:
     for kernel in compiled:
         assert not kernel["float_atomics"], kernel
-        if kernel["case"][1] in ("fp16", "bf16"):
+        if kernel["case"][1] in ("fp16", "bf16") and kernel["case"][5] in ("forward_kernel", "backward_kernel"):
             assert kernel["tensor_cores"], kernel

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.memory import saved_bytes
-from checks import WAYS, Case, assert_close, forced, matrix, results
+from checks import WAYS, Case, assert_close, cases_by_way, forced, matrix, results
 from lstm_triton import TritonLSTM, convert, functional, plan, revert
 from lstm_triton.dropout import BETWEEN, drop
 from lstm_triton.eager import Eager
@@ -44,9 +44,7 @@ def test_float64(case: Case, backend: str, device: torch.device) -> None:
     compare(case, device, torch.float64, backend, 3)
 
 
-@pytest.mark.parametrize(
-    "case,way", [(case, way) for case in CASES for way in WAYS if way != "fused" or not case.proj_size], ids=str
-)
+@pytest.mark.parametrize("case,way", cases_by_way(CASES, interpreted=9))
 def test_kernels(case: Case, way: str, device: torch.device) -> None:
     with forced(way):
         compare(case, device, torch.float32, "triton", 3)
@@ -70,8 +68,15 @@ def test_half(way: str, dtype: torch.dtype, device: torch.device) -> None:
         compare(case, device, dtype, backend, 2)
 
 
-@pytest.mark.parametrize("form", ["batched", "packed"])
-@pytest.mark.parametrize("mode", functional.MODES)
+@pytest.mark.parametrize(
+    "mode,form",
+    [
+        ("step", "batched"),
+        pytest.param("step", "packed", marks=pytest.mark.interpreted),
+        ("sequence", "batched"),
+        ("sequence", "packed"),
+    ],
+)
 @pytest.mark.parametrize("way", ["eager", *WAYS])
 def test_masks_are_the_same(way: str, mode: str, form: str, device: torch.device) -> None:
     """Both kinds of dropout, with a seed: outputs bit for bit (but for eager's products), gradients to rounding."""
@@ -91,6 +96,7 @@ def test_masks_are_the_same(way: str, mode: str, form: str, device: torch.device
         assert_close(other, {name: x.double() for name, x in found[0].items()}, torch.float32)
 
 
+@pytest.mark.interpreted
 def test_dropout_between_layers_is_every_backends(device: torch.device) -> None:
     x, seed = torch.randn(37, 19, device=device), torch.tensor([5], device=device)
     ours = plan.drop(x, seed, BETWEEN + 1, 0.3)
