@@ -105,12 +105,13 @@ class Launch:
         """The kernels' last arguments: T, first, last, B, n, mask_steps, threshold, scale and stream."""
         return self.T, window.first, window.last, self.B, window.size(self.D), self.mask_steps, *self.drop
 
-    def room(self, window: Window, gates: Tensor | None, hx: Tensor, cx: Tensor, save: bool) -> Pass:
-        """For what forward returns; `gates` are activated in place, None stands for new ones."""
+    def room(self, window: Window, gates: Tensor | None, c: Tensor | None, hx: Tensor, cx: Tensor, save: bool) -> Pass:
+        """For what forward returns; `gates` are activated in place, None stands for new ones, of c as well."""
         n = window.size(self.D)
         if gates is None:
             gates = hx.new_empty((self.D, n, 4 * self.H) if save else (0,))
-        c = cx.new_empty((self.D, n, self.H) if save else (0,))
+        if c is None:
+            c = cx.new_empty((self.D, n, self.H) if save else (0,))
         return Pass(torch.empty_like(hx), torch.empty_like(cx), gates, c)
 
     def gradients(self, window: Window, saved: Saved, dhn: Tensor, dcn: Tensor) -> Gradients:

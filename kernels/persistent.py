@@ -149,10 +149,17 @@ def forward_kernel(
 
 
 def forward(
-    launch: Launch, window: Window, gates: Tensor | None, output: Tensor, hx: Tensor, cx: Tensor, save: bool
+    launch: Launch,
+    window: Window,
+    gates: Tensor | None,
+    cells: Tensor | None,
+    output: Tensor,
+    hx: Tensor,
+    cx: Tensor,
+    save: bool,
 ) -> Pass:
     """Runs the recurrence over a window; arguments as of `lstm_triton.plan.Kernels.forward`."""
-    result = launch.room(window, gates, hx, cx, save)
+    result = launch.room(window, gates, cells, hx, cx, save)
     start(
         forward_kernel, launch.grid, [
             result.gates, launch.x, output, result.c, hx, cx, result.hn, result.cn,

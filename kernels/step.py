@@ -97,10 +97,19 @@ def forward_kernel(
     tl.store(h_out_ptr + state_at, q, mask=in_batch)
 
 
-def forward(launch: Launch, window: Window, gates: Tensor, output: Tensor, hx: Tensor, cx: Tensor, save: bool) -> Pass:
+def forward(
+    launch: Launch,
+    window: Window,
+    gates: Tensor,
+    cells: Tensor | None,
+    output: Tensor,
+    hx: Tensor,
+    cx: Tensor,
+    save: bool,
+) -> Pass:
     """Runs the recurrence over a window; arguments as of `lstm_triton.plan.Kernels.forward`."""
     projected = launch.projected
-    result = launch.room(window, gates, hx, cx, save)
+    result = launch.room(window, gates, cells, hx, cx, save)
     # The states go to and fro between two tensors each.
     h, c = hx.clone(), result.cn.copy_(cx)
     h_out = torch.empty_like(cx, dtype=hx.dtype) if projected else result.hn

@@ -26,12 +26,14 @@ class Eager:
         """Steps to run at a time where nothing is kept; 0: all."""
         return self.layer.window_length()
 
-    def forward(self, window: Window, output: Tensor, hx: Tensor, cx: Tensor, save: bool) -> Pass:
+    def forward(
+        self, window: Window, output: Tensor, hx: Tensor, cx: Tensor, save: bool, room: Saved | None = None
+    ) -> Pass:
         """Runs the recurrence over a window; as `lstm_triton.plan.Kernels.forward`."""
-        gates = self.layer.products(window)
+        gates = self.layer.products(window, None if room is None else room.gates)
         hx = hx.to(self.dtype)
         hn, cn = hx.clone(), cx.clone()
-        c_all = cx.new_empty(*gates.shape[:2], cx.size(2))
+        c_all = cx.new_empty(*gates.shape[:2], cx.size(2)) if room is None else room.c
         for d, (_, w_hh, _, _, w_hr) in enumerate(self.layer.directions):
             part, at, columns = window.part(d), window.rows(d), self._columns(d)
             y = output[at, columns]

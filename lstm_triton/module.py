@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from lstm_triton import functional
 from lstm_triton.dispatch import BACKENDS
 from lstm_triton.functional import Options, check_choice, check_lengths, check_probability, check_recompute
+from lstm_triton.padding import pack, unpack
 
 
 class TritonLSTM(nn.RNNBase):
@@ -130,11 +131,10 @@ class TritonLSTM(nn.RNNBase):
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         self._update_flat_weights()
         if lengths is not None:
-            packed = self._pack(input, lengths)
+            packed, places = self._pack(input, lengths)
             output, states = self.forward(packed, hx)
-            assert isinstance(input, Tensor) and isinstance(output, PackedSequence)
-            steps = input.size(1 if self.batch_first else 0)
-            return pad_packed_sequence(output, self.batch_first, total_length=steps)[0], states
+            assert isinstance(input, Tensor)
+            return unpack(output.data, places, input.shape[:2]), states
         if isinstance(input, PackedSequence):
             data, batch_sizes, order, restore = input
             if hx is not None and order is not None:
@@ -172,7 +172,7 @@ class TritonLSTM(nn.RNNBase):
         """
         self._update_flat_weights()
         if lengths is not None:
-            input = self._pack(input, lengths)
+            input, _ = self._pack(input, lengths)
         batch_sizes, dense = None, input
         if isinstance(input, PackedSequence):
             dense, batch_sizes = input.data, input.batch_sizes
@@ -187,14 +187,13 @@ class TritonLSTM(nn.RNNBase):
         cx = dense.new_empty(count, batch, self.hidden_size)
         return functional.explain(dense, batch_sizes, (hx, cx), self._flat_weights, self._options())  # type: ignore[arg-type]
 
-    def _pack(self, input: Tensor | PackedSequence, lengths: Tensor | Sequence[int]) -> PackedSequence:
-        """A padded batch without its padding."""
+    def _pack(self, input: Tensor | PackedSequence, lengths: Tensor | Sequence[int]) -> tuple[PackedSequence, Tensor]:
+        """A padded batch without its padding, and where its rows are."""
         if isinstance(input, PackedSequence) or input.dim() != 3:
             given = "a PackedSequence" if isinstance(input, PackedSequence) else f"{input.dim()}-D input"
             raise ValueError(f"lengths goes with a padded batch (3-D input), got it with {given}")
         batch, steps = input.shape[:2] if self.batch_first else (input.size(1), input.size(0))
-        lengths = check_lengths(lengths, batch, steps)
-        return pack_padded_sequence(input, lengths, self.batch_first, enforce_sorted=False)
+        return pack(input, check_lengths(lengths, batch, steps), self.batch_first)
 
     def _options(self) -> Options:
         return Options(

@@ -18,7 +18,7 @@ class Operator:
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
 
-    def forward(self, window: Window, output: Tensor, hx: Tensor, cx: Tensor, save: bool) -> Pass:
+    def forward(self, window: Window, output: Tensor, hx: Tensor, cx: Tensor, save: bool, room: None = None) -> Pass:
         """Runs the recurrence over a window; as `lstm_triton.plan.Kernels.forward`, but that nothing is kept."""
         hn, cn = hx.clone(), cx.clone()
         for d in range(len(self.layer.directions)):

@@ -104,6 +104,14 @@ class _Stack:
         directions = by_direction(self.weights[self.weights_of(k)], self.bias, hx.size(2) != cx.size(2))
         return Layer(input, hx, cx, directions, self.layout, drops)
 
+    def length(self, engine: Any, keep: bool) -> int:
+        """Steps of a window where nothing is rebuilt; 0: all.
+
+        Few, so that what is as wide as the gates stays in caches, or small where it isn't kept. Where gates
+        are kept, one direction's are views of the whole.
+        """
+        return 0 if keep and self.directions > 1 else engine.window_length
+
     def drop(self, x: Tensor, k: int) -> Tensor:
         """Dropout of layer k's output or, the same, of its gradient."""
         if self.seed is None or self.dropout == 0 or k == self.layers - 1:
@@ -182,10 +190,17 @@ def forward(
             engine = _ENGINES[backend](layer)
             y = x.new_empty(x.size(0), width)
             h, c, borders = layer.hx, layer.cx if same else layer.cx.to(stack.kept), []
-            for window in windows(layer.layout, chunk if recompute else 0 if save else engine.window_length):
+            keep, room = save and not recompute, None
+            parts = windows(layer.layout, chunk if recompute else stack.length(engine, save))
+            if keep and len(parts) > 1:
+                room = engine.layer.room()
+            for window in parts:
                 if recompute and window.first > 0:
                     borders.append(c)
-                h, c, kept_gates, kept_c = engine.forward(window, y, h, c, save and not recompute)
+                own = None if room is None else room.rows(window)
+                h, c, kept_gates, kept_c = engine.forward(window, y, h, c, keep, own)
+            if room is not None:
+                kept_gates, kept_c = room[:2]
             hn.append(h if same else h.to(stack.dtype))
             cn.append(c if same else c.to(stack.dtype))
             if recompute:
@@ -310,8 +325,7 @@ def _layer_gradients(
     """Those of layer k: of its input (N, ·), hx, cx and weights; arguments as of `backward`."""
     layer = stack.layer(k, input)
     engine = _ENGINES[stack.backend](layer)
-    # What is made of kept gates, as wide as they are, is made for some steps at a time, too.
-    parts = windows(stack.layout, chunk or (engine.window_length if stack.directions == 1 else 0))
+    parts = windows(stack.layout, chunk or stack.length(engine, True))
     dh, dc, cx = dhn, dcn, layer.cx
     if stack.kept != stack.dtype:
         dh, dc, cx = (x.to(stack.kept) for x in (dhn, dcn, cx))
@@ -334,8 +348,7 @@ def _layer_gradients(
             c = cells[index - 1] if index else cx
             saved = engine.rebuild(window, output, h, c)
         else:
-            c, rows = window.state_before(cells[0], cx), window.rows(0)
-            saved = Saved(gates[:, rows], cells[:, rows])
+            c, saved = window.state_before(cells[0], cx), Saved(gates, cells).rows(window)
         found = engine.backward(window, output, doutput, saved, h, c, dh, dc, input_wanted, weights_wanted)
         dh, dc = found.dhx, found.dcx
         dx, dweights = _products(stack, layer, window, saved, found, input_wanted, weights_wanted)

@@ -246,7 +246,9 @@ class Kernels:
         """Steps to run at a time where nothing is kept; 0: all."""
         return 0 if self.plan.fused else self.layer.window_length()
 
-    def forward(self, window: Window, output: Tensor, hx: Tensor, cx: Tensor, save: bool) -> Pass:
+    def forward(
+        self, window: Window, output: Tensor, hx: Tensor, cx: Tensor, save: bool, room: Saved | None = None
+    ) -> Pass:
         """Runs the recurrence over a window.
 
         Args:
@@ -254,10 +256,13 @@ class Kernels:
             output: (N, D * K), of which the window's rows are written.
             hx: (D, B, K), cx: (D, B, H) in the state's dtype: before the window.
             save: whether gates and c are kept for backward.
+            room: for these; None for new tensors.
         """
-        products = None if self.plan.fused else self.layer.products(window)
+        gates, cells = (None, None) if room is None else room[:2]
+        if not self.plan.fused:
+            gates = self.layer.products(window, gates)
         with _device_of(output):
-            return self.strategy.forward(self.launch, window, products, output, hx, cx, save)
+            return self.strategy.forward(self.launch, window, gates, cells, output, hx, cx, save)
 
     def rebuild(self, window: Window, output: Tensor, hx: Tensor, cx: Tensor) -> Saved:
         """What `forward` keeps of a window, from the outputs; hx, cx as there."""

@@ -218,6 +218,19 @@ class RecurrentDropout(NamedTuple):
         return dropout.masks(self.seed, streams, steps, range(h.size(0)), h.size(1), self.p, h.dtype)[0]
 
 
+class Saved(NamedTuple):
+    """What backward needs of a window's forward, beside outputs and states."""
+
+    gates: Tensor  # (D, n, 4H) activated i, f, g, o
+    c: Tensor  # (D, n, H) float32 or float64
+    h_prev: Tensor | None = None  # (D, n, K) the masked h that each step multiplied, where it is known by then
+
+    def rows(self, window: Window) -> "Saved":
+        """A window's of the only direction."""
+        own = window.rows(0)
+        return Saved(self.gates[:, own], self.c[:, own])
+
+
 class Layer(NamedTuple):
     """One layer's call: what every way of running it takes."""
 
@@ -234,28 +247,26 @@ class Layer(NamedTuple):
         layout = self.layout
         return steps_within(gates * self.input.element_size(), layout.steps, layout.total, self.input.device)
 
-    def products(self, window: Window) -> Tensor:
-        """(D, n, 4H): the window's input times weight_ih, with both biases."""
-        dtype = self.directions[0][0].dtype
-        gates = self.input.new_empty(
-            len(self.directions), window.size(len(self.directions)), 4 * self.cx.size(2), dtype=dtype
-        )
+    def room(self) -> Saved:
+        """For gates and c of all steps."""
+        directions, hidden, weight = len(self.directions), self.cx.size(2), self.directions[0][0]
+        gates = self.input.new_empty(directions, self.layout.total, 4 * hidden, dtype=weight.dtype)
+        return Saved(gates, gates.new_empty(*gates.shape[:2], hidden, dtype=state_dtype(weight.dtype)))
+
+    def products(self, window: Window, out: Tensor | None = None) -> Tensor:
+        """(D, n, 4H): the window's input times weight_ih, with both biases; written to `out` where it is given."""
+        dtype, directions = self.directions[0][0].dtype, len(self.directions)
+        gates = out
+        if gates is None:
+            gates = self.input.new_empty(directions, window.size(directions), 4 * self.cx.size(2), dtype=dtype)
         for d, (w_ih, _, b_ih, b_hh, _) in enumerate(self.directions):
             rows = window.rows(d)
-            x, out = self.input[rows].to(dtype), gates[d, : rows.stop - rows.start]
+            x, own = self.input[rows].to(dtype), gates[d, : rows.stop - rows.start]
             if b_ih is None or b_hh is None:
-                torch.mm(x, w_ih.t(), out=out)
+                torch.mm(x, w_ih.t(), out=own)
             else:
-                torch.addmm(b_ih + b_hh, x, w_ih.t(), out=out)
+                torch.addmm(b_ih + b_hh, x, w_ih.t(), out=own)
         return gates
-
-
-class Saved(NamedTuple):
-    """What backward needs of a window's forward, beside outputs and states."""
-
-    gates: Tensor  # (D, n, 4H) activated i, f, g, o
-    c: Tensor  # (D, n, H) float32 or float64
-    h_prev: Tensor | None = None  # (D, n, K) the masked h that each step multiplied, where it is known by then
 
 
 class Pass(NamedTuple):
@@ -286,8 +297,8 @@ class LayerGradients(NamedTuple):
     dweights: list[Tensor]  # one for each of a layer's weights; empty ones where they aren't wanted
 
 
-# Bytes that a window's tensors may have. On a CPU few, as they stay in its caches; on a GPU as many as keep it busy.
-WINDOW_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
+# Bytes that a window's tensors may have. On a CPU measured (of 2 to 64 MiB, bench/long.py); on a GPU not yet.
+WINDOW_BYTES = {"cpu": 16 * 2**20, "cuda": 64 * 2**20}
 LEAST_STEPS = 8  # of a window: what each window costs once is then little of it
 
 

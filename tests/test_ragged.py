@@ -65,6 +65,20 @@ def test_lengths_that_are_all_of_it(device: torch.device) -> None:
     torch.testing.assert_close(module(x, lengths=[4, 4, 4]), module(x))
 
 
+def test_lengths_to_any_order() -> None:
+    """Gradients of gradients, function transforms."""
+    module = TritonLSTM(2, 3, backend="eager", dtype=torch.float64)
+    x = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        return module(x, lengths=[2, 4, 1])[0]
+
+    torch.autograd.gradcheck(function, (x,))
+    torch.autograd.gradgradcheck(function, (x,))
+    gradient = torch.func.grad(lambda x: function(x).pow(2).sum())(x.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(function(x).pow(2).sum(), x)[0])
+
+
 @pytest.mark.parametrize("mode", ["step", "sequence"])
 def test_lengths_under_recurrent_dropout(mode: str, device: torch.device) -> None:
     """Every backend draws a row's mask by its place in the sorted batch, as for a packed one."""

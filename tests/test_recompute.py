@@ -186,8 +186,8 @@ def test_inference_in_windows(way: str, form: str, device: torch.device, monkeyp
     x, *states = case.inputs(device, torch.float32)
     made, products = [], Layer.products
 
-    def watched(self: Layer, window: Window) -> Tensor:
-        made.append(products(self, window))
+    def watched(self: Layer, *arguments: Any) -> Tensor:
+        made.append(products(self, *arguments))
         return made[-1]
 
     monkeypatch.setattr(Layer, "products", watched)
@@ -304,7 +304,7 @@ def test_offsets_beyond_32_bits(way: str, tmp_path: Path) -> None:
             products = x @ weights[0].t() + weights[2] + weights[3]
             gates = room(4 * hidden, products)[None]
             y = room(hidden)
-            done = run.strategy.forward(run.launch, window, None if fused else gates, y, h, c, True)
+            done = run.strategy.forward(run.launch, window, None if fused else gates, None, y, h, c, True)
             gates, cells = done.gates, done.c
             assert gates.numel() > 2**31 or starts[1] == batch
             back = run.strategy.backward(
