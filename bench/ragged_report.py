@@ -166,13 +166,16 @@ def draw(content: Record) -> Figure:
     for k, group in enumerate(_COLOURS):
         own = [r for r in records if r["group"] == group]
         places = [names.index(r["case"]) + 0.4 * k - 0.2 for r in own]
-        bars = axes.barh(places, [r["ratio"] for r in own], 0.36, color=_COLOURS[group])
-        axes.bar_label(bars, [f"{r['ratio']:.1f}" for r in own], padding=4, fontsize=8)
+        axes.barh(places, [r["ratio"] for r in own], 0.36, color=_COLOURS[group])
         for place, r in zip(places, own, strict=True):
             if (least := aim(r)) is not None:
                 axes.plot([least, least], [place - 0.18, place + 0.18], color="black", lw=2)
+            # Right of the bar and of the aim, where that is missed, and of the line at 1.
+            at = (max(1, r["ratio"], least or 0), place)
+            text = f"{r['ratio']:.3g}"
+            axes.annotate(text, at, (5, 0), textcoords="offset points", va="center_baseline", fontsize=8)
     axes.set_xscale("log")
-    low, high = min(0.9, *(r["ratio"] for r in records)), max(r["ratio"] for r in records)
+    low, high = min(0.9, *(r["ratio"] for r in records)), max(max(r["ratio"], aim(r) or 1) for r in records)
     axes.set_xlim(0.9 * low, 2 * high)
     ticks = [t for t in (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if 0.9 * low <= t <= 2 * high]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
