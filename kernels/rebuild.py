@@ -56,7 +56,7 @@ def multiplied_kernel(
                 mask_ptr, d, t, mask_steps, B, rows, k, ks, live, threshold, scale, stream,
                 K, DROPOUT, PER_STEP, BLOCK_B, BLOCK_K,
             )  # fmt: skip
-            h = cast(h.to(m.dtype) * m, h.dtype)
+            h = cast(h * m, h.dtype)
         tl.store(h_prev_ptr + ((plane + at) * K)[:, None] + ks[None, :], h, mask=h_mask)
 
 
