@@ -102,24 +102,26 @@ def inputs() -> dict[str, Tensor]:
     """
     if not _inputs:
         generator = torch.Generator().manual_seed(5)
+        made: dict[str, Tensor] = {}
 
         def integers(low: int, high: int) -> Tensor:
             return torch.randint(low, high, (LENGTH,), generator=generator)
 
         for name in ("f16", "bf16", "f32", "f64"):
-            _inputs["x_" + name] = (integers(-32, 33) / 8).to(TYPES[name][1])
+            made["x_" + name] = (integers(-32, 33) / 8).to(TYPES[name][1])
         for name in FLOATS:
             some = torch.randn(LENGTH, dtype=torch.float64, generator=generator).clamp(-3.9, 3.9)
-            _inputs["y_" + name] = some.to(TYPES[name][1])
+            made["y_" + name] = some.to(TYPES[name][1])
         for name, bits in BITS.items():
             low = -(2 ** (bits - 1))
-            _inputs["x_" + name] = integers(low, -low - 1).to(TYPES[name][1])
-        _inputs["x_b"] = integers(0, 2).bool()
-        _inputs["at_i32"] = integers(0, LENGTH).int()
+            made["x_" + name] = integers(low, -low - 1).to(TYPES[name][1])
+        made["x_b"] = integers(0, 2).bool()
+        made["at_i32"] = integers(0, LENGTH).int()
         odd = torch.tensor(
             [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-41, 65519.0, 65520.0, 3e-6, -1.5, 1e30, 2049.5]
         )
-        _inputs["odd_f32"] = odd[integers(0, len(odd))]
+        made["odd_f32"] = odd[integers(0, len(odd))]
+        _inputs.update(made)  # at once: another thread may look
     return _inputs
 
 
