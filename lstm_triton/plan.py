@@ -25,9 +25,11 @@ SHARED_BYTES = 163 * 1024
 CPU_ROWS = 64
 # Steps that take as long as what a program does once: loading the weights and, fused, storing their gradients.
 PROGRAM_STEPS = 16
-# A fused kernel on a CPU goes through all weights, and their gradients, in each step: it wants a row for so many of
-# them. Beyond the second number no kernel pays: PyTorch's products of large matrices are as fast (bench/cpu.py).
-FUSED_WEIGHTS, MOST_WEIGHTS = 16 * 1024, 1024 * 1024
+# A fused kernel on a CPU goes through all weights, and their gradients, in each step: where there are more than the
+# first number of them, it wants a row for so many. Beyond the third no kernel pays, and in inference on dense batches
+# beyond the fourth: PyTorch's products of large matrices are as fast (bench/cpu.py).
+FUSED_WEIGHTS, FUSED_ROW_WEIGHTS = 32 * 1024, 8 * 1024
+MOST_WEIGHTS, MOST_INFERENCE_WEIGHTS = 1024 * 1024, 128 * 1024
 # On a packed batch, rows that each of its programs wants, for which it adds up gradients of its own (bench/ragged.py).
 FUSED_PROGRAM_ROWS = 256
 # Numbers that the tiles of the batch may add up together, each its own gradients of the weights.
@@ -141,7 +143,7 @@ def choose_on_cpu(
     if forced == "step":
         return Plan("step", block_b, min(block_h, 32), min(block_k, 64), 1)
     weights, tiles = 4 * block_h * (block_k + _power(features)), -(-batch // block_b)
-    few = weights <= min(block_b * FUSED_WEIGHTS, MOST_WEIGHTS)
+    few = weights <= max(FUSED_WEIGHTS, min(block_b * FUSED_ROW_WEIGHTS, MOST_WEIGHTS))
     if lengths is not None:
         few = few and sum(lengths) >= tiles * FUSED_PROGRAM_ROWS
     fused = size == hidden and few and tiles * weights <= FUSED_MOST_SUMS
@@ -178,7 +180,7 @@ def pays_on_cpu(
         return padding <= (PACKED_TRAINING_SPARE if records else PACKED_SPARE)
     if recompute and records:
         return padding <= RECOMPUTE_SPARE
-    pays = plan.fused or (records and batch in UNFUSED_ROWS)
+    pays = (plan.fused and (records or weights <= MOST_INFERENCE_WEIGHTS)) or (records and batch in UNFUSED_ROWS)
     return pays and padding <= next(spare for most, spare in SPARE if weights <= most)
 
 
