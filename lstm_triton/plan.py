@@ -30,6 +30,7 @@ PROGRAM_STEPS = 16
 # beyond the fourth: PyTorch's products of large matrices are as fast (bench/cpu.py).
 FUSED_WEIGHTS, FUSED_ROW_WEIGHTS = 32 * 1024, 8 * 1024
 MOST_WEIGHTS, MOST_INFERENCE_WEIGHTS = 1024 * 1024, 128 * 1024
+MOST_TRAINING_WEIGHTS = 16 * 1024  # the same in training, for each row of the batch
 # On a packed batch, rows that each of its programs wants, for which it adds up gradients of its own (bench/ragged.py).
 FUSED_PROGRAM_ROWS = 256
 # Numbers that the tiles of the batch may add up together, each its own gradients of the weights.
@@ -180,7 +181,8 @@ def pays_on_cpu(
         return padding <= (PACKED_TRAINING_SPARE if records else PACKED_SPARE)
     if recompute and records:
         return padding <= RECOMPUTE_SPARE
-    pays = (plan.fused and (records or weights <= MOST_INFERENCE_WEIGHTS)) or (records and batch in UNFUSED_ROWS)
+    most = MOST_TRAINING_WEIGHTS * batch if records else MOST_INFERENCE_WEIGHTS
+    pays = (plan.fused and weights <= most) or (records and batch in UNFUSED_ROWS)
     return pays and padding <= next(spare for most, spare in SPARE if weights <= most)
 
 
