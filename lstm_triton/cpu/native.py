@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -94,19 +95,24 @@ def _kind(value: Any, name: str) -> str:
     )
 
 
+# Triton's frontend and its cache keys parse Python, whose parser fails now and then in two threads at once (3.11).
+_frontend = threading.Lock()
+
+
 def source(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> str:
     """The C of a kernel, kept beside the libraries: Triton's frontend takes longer than all that comes after it."""
-    values = {k: v.cache_key if hasattr(v, "cache_key") else v for k, v in constants.items()}
-    key = hashlib.sha256(repr((kernel.cache_key, _own(), signature, values)).encode()).hexdigest()
-    path = build.cache_folder() / f"{kernel.fn.__name__}-{key[:16]}.lowered.c"
-    text = build.read_checked(path, key)
-    if text is None:
-        # Not before: a process that finds all in the cache doesn't load Triton's compiler.
-        from lstm_triton.cpu import frontend, ir, lower
+    with _frontend:
+        values = {k: v.cache_key if hasattr(v, "cache_key") else v for k, v in constants.items()}
+        key = hashlib.sha256(repr((kernel.cache_key, _own(), signature, values)).encode()).hexdigest()
+        path = build.cache_folder() / f"{kernel.fn.__name__}-{key[:16]}.lowered.c"
+        text = build.read_checked(path, key)
+        if text is None:
+            # Not before: a process that finds all in the cache doesn't load Triton's compiler.
+            from lstm_triton.cpu import frontend, ir, lower
 
-        text = lower.Lowering(ir.parse(frontend.ttir(kernel, signature, constants))).write()
-        build.write_checked(path, key, text)
-    return text
+            text = lower.Lowering(ir.parse(frontend.ttir(kernel, signature, constants))).write()
+            build.write_checked(path, key, text)
+        return text
 
 
 @functools.cache
