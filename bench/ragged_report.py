@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from bench import results
-from bench.cpu_report import NOISY
+from bench.cpu_report import NOISY, ratio_text
 from bench.files import replace, write_atomically
 from bench.providers import REFERENCE
 from bench.results import Record
@@ -82,11 +82,6 @@ def _of_padded(r: Record) -> str:
     return f"{r['of_padded']:.2f} (≤ {OF_PADDED}: {'reached' if r['of_padded'] <= OF_PADDED else 'missed'})"
 
 
-def _ratio(r: Record) -> str:
-    noisy = (r["ratio_q3"] - r["ratio_q1"]) / r["ratio"] > NOISY
-    return f"{r['ratio']:.2f}{'~' if noisy else ''}"
-
-
 def summary(content: Record) -> str:
     """Every case, for a terminal."""
     parts = [cases(content["records"])] if content["records"] else []
@@ -102,7 +97,7 @@ def cases(records: Sequence[Record]) -> str:
     )  # fmt: skip
     rows = [
         (
-            r["case"], r["group"], _ms(r["reference_s"]), _ms(r["ours_s"]), _ratio(r), _reached(r),
+            r["case"], r["group"], _ms(r["reference_s"]), _ms(r["ours_s"]), ratio_text(r, 2), _reached(r),
             _ms(r["lengths_s"]), _ms(r["padded_s"]), _of_padded(r), r["chosen"],
         )
         for r in records

@@ -35,7 +35,7 @@ class Eager:
         hn, cn = hx.clone(), cx.clone()
         c_all = cx.new_empty(*gates.shape[:2], cx.size(2)) if room is None else room.c
         for d, (_, w_hh, _, _, w_hr) in enumerate(self.layer.directions):
-            part, at, columns = window.part(d), window.rows(d), self._columns(d)
+            part, at, columns = window.part(d), window.rows(d), self.layer.columns(d)
             y = output[at, columns]
             target = y if y.dtype == self.dtype else y.to(self.dtype)
             rows = slice(0, part.total)
@@ -94,14 +94,11 @@ class Eager:
             c = saved.c[d, rows]
             _backward(
                 saved.gates[d, rows], c, part.previous(c, cx[d], reverse),
-                doutput[window.rows(d), self._columns(d)].to(self.dtype), found.dhx[d], found.dcx[d], dgates[d, rows],
-                None if dh is None else dh[d, rows], w_hh, w_hr, part, reverse, self._mask(d, window),
+                doutput[window.rows(d), self.layer.columns(d)].to(self.dtype),
+                found.dhx[d], found.dcx[d], dgates[d, rows], None if dh is None else dh[d, rows],
+                w_hh, w_hr, part, reverse, self._mask(d, window),
             )  # fmt: skip
         return found
-
-    def _columns(self, d: int) -> slice:
-        size = self.layer.hx.size(2)
-        return slice(d * size, (d + 1) * size)
 
     def _mask(self, d: int, window: Window) -> Tensor | None:
         return self.layer.dropout.of_steps(d, *window.steps(d), self.layer.hx[d])
@@ -113,7 +110,7 @@ class Eager:
         for d in range(directions):
             part, reverse, mask = window.part(d), d == 1, self._mask(d, window)
             own = h_prev[d, : part.total]
-            own.copy_(part.previous(output[window.rows(d), self._columns(d)], hx[d].to(output.dtype), reverse))
+            own.copy_(part.previous(output[window.rows(d), self.layer.columns(d)], hx[d].to(output.dtype), reverse))
             if mask is not None:
                 own *= torch.cat(list(part.masks(mask, reverse=False)))
         return h_prev

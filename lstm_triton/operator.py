@@ -24,7 +24,7 @@ class Operator:
         for d in range(len(self.layer.directions)):
             x, order, rows = self._input(window, d)
             y, h, c = self._run(window, d, x, hx[d : d + 1, :rows], cx[d : d + 1, :rows].to(x.dtype))
-            output[window.rows(d), self._columns(d)] = y if order is None else y[order]
+            output[window.rows(d), self.layer.columns(d)] = y if order is None else y[order]
             hn[d, :rows], cn[d, :rows] = h[0], c[0]
         nothing = output.new_empty(0)
         return Pass(hn, cn, nothing, nothing)
@@ -55,7 +55,7 @@ class Operator:
         dweights: list[Tensor] = []
         for d in range(directions):
             x, order, rows = self._input(window, d)
-            dy = doutput[window.rows(d), self._columns(d)]
+            dy = doutput[window.rows(d), self.layer.columns(d)]
             with torch.enable_grad():
                 weights = [w.detach().requires_grad_(weights_wanted) for w in self._weights(d)]
                 h, c = (s[d : d + 1, :rows].to(dtype).detach().requires_grad_() for s in (hx, cx))
@@ -71,10 +71,6 @@ class Operator:
             dhx[d, :rows], dcx[d, :rows] = found.pop(0)[0], found.pop(0)[0]
             dweights += found
         return LayerGradients(dhx, dcx, dinput, dweights)
-
-    def _columns(self, d: int) -> slice:
-        size = self.layer.hx.size(2)
-        return slice(d * size, (d + 1) * size)
 
     def _weights(self, d: int) -> list[Tensor]:
         return [w for w in self.layer.directions[d] if w is not None]

@@ -194,10 +194,6 @@ class RecurrentDropout(NamedTuple):
     per_step: bool = True  # a fresh mask each time step, else one for the sequence
     stream: int = 0  # that of direction 0; direction 1 has the next
 
-    @property
-    def active(self) -> bool:
-        return self.mask is not None or self.seed is not None
-
     def drawn(self, steps: int, hx: Tensor) -> Tensor | None:
         """The mask as a tensor (D, T or 1, B, K) in the dtype of `hx`, (D, B, K); None without dropout."""
         if self.seed is None:
@@ -240,6 +236,11 @@ class Layer(NamedTuple):
     directions: list[Direction]
     layout: Layout
     dropout: RecurrentDropout
+
+    def columns(self, d: int) -> slice:
+        """Direction d's among the D * K of the output."""
+        size = self.hx.size(2)
+        return slice(d * size, (d + 1) * size)
 
     def window_length(self) -> int:
         """How many steps' products of the input, (D, n, 4H), are made at a time where nothing is kept."""
