@@ -7,6 +7,7 @@ from an empty cache, that takes 70 seconds.
 What the interpreter has wrong is compared with PyTorch: arithmetic and roundings of bfloat16, minima of NaN.
 """
 
+import ast
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 
 from lstm_triton import cpu
-from lstm_triton.cpu import build, ir
+from lstm_triton.cpu import build, ir, native
 
 KERNELS = 300
 OPTIMISED = 75  # of them are compiled as the project's kernels are
@@ -108,6 +109,26 @@ def compare(seeds: range, folder: Path, optimised: int) -> dict[int, str | None]
 def test_random_kernel(seed: int, outcomes: dict[int, str | None]) -> None:
     if outcomes[seed]:
         pytest.fail(str(outcomes[seed]), pytrace=False)
+
+
+@triton.jit
+def doubled(x_ptr):
+    tl.store(x_ptr, 2 * tl.load(x_ptr))
+
+
+def test_one_thread_at_a_time_parses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's parser fails now and then in two threads at once; Triton parses for a kernel's hash, too."""
+    alone, parse = [], ast.parse
+
+    def watched(*args: Any, **options: Any) -> ast.AST:
+        alone.append(native._frontend.locked())
+        return parse(*args, **options)
+
+    monkeypatch.setattr(ast, "parse", watched)
+    x = torch.tensor([3.0])
+    cpu.launch(doubled, (1,), x)
+    assert x.item() == 6
+    assert alone and all(alone)
 
 
 # What the interpreter has wrong

@@ -22,6 +22,10 @@ _SLOTS = {"i32": "i4x", "i64": "q", "fp32": "f4x", "*": "P"}  # `struct` formats
 _OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid")
 
 
+# Triton's frontend and its cache keys parse Python, whose parser fails now and then in two threads at once (3.11).
+_frontend = threading.Lock()
+
+
 class Prepared:
     """A kernel compiled for arguments of certain types."""
 
@@ -73,7 +77,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float, **co
         RuntimeError: there is no C compiler, or it failed.
     """
     key = (kernel, *(a.dtype if isinstance(a, Tensor) else _kind(a, "") for a in args), *constants.items())
-    prepared = _prepared.get(key)
+    with _frontend:  # Triton hashes a kernel by its cache key
+        prepared = _prepared.get(key)
     if prepared is None:
         prepared = _prepared[key] = Prepared(kernel, args, constants)
     x, y, z = (*grid, 1, 1)[:3]
@@ -93,10 +98,6 @@ def _kind(value: Any, name: str) -> str:
     raise TypeError(
         f"argument {name or value!r} should be a tensor of a dtype that kernels take, or a number, got {given}"
     )
-
-
-# Triton's frontend and its cache keys parse Python, whose parser fails now and then in two threads at once (3.11).
-_frontend = threading.Lock()
 
 
 def source(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) -> str:
