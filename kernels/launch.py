@@ -10,7 +10,7 @@ from torch import Tensor
 from lstm_triton.cpu import native
 from lstm_triton.dropout import threshold_and_scale
 from lstm_triton.kernels.blocks import INTERPRETED
-from lstm_triton.plan import Plan
+from lstm_triton.planning import Plan
 from lstm_triton.recurrence import Gradients, Layer, Layout, Pass, Saved, Window, rnn_precision
 
 # Kernel arguments that vary from call to call and must not compile a kernel anew.

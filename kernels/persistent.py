@@ -158,7 +158,7 @@ def forward(
     cx: Tensor,
     save: bool,
 ) -> Pass:
-    """Runs the recurrence over a window; arguments as of `lstm_triton.plan.Kernels.forward`."""
+    """Runs the recurrence over a window; arguments as of `lstm_triton.launching.Kernels.forward`."""
     result = launch.room(window, gates, cells, hx, cx, save)
     start(
         forward_kernel, launch.grid, [
@@ -360,7 +360,7 @@ def backward(
 ) -> Gradients | LayerGradients:
     """The gradients of `forward`; where the plan is fused, those of the whole layer in this window.
 
-    Arguments as of `lstm_triton.plan.Kernels.backward`; input_wanted, weights_wanted: whether the gradients
+    Arguments as of `lstm_triton.launching.Kernels.backward`; input_wanted, weights_wanted: whether the gradients
     of the input and those of the weights are, where the plan is fused.
     """
     found = launch.gradients(window, saved, dhn, dcn)

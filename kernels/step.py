@@ -107,7 +107,7 @@ def forward(
     cx: Tensor,
     save: bool,
 ) -> Pass:
-    """Runs the recurrence over a window; arguments as of `lstm_triton.plan.Kernels.forward`."""
+    """Runs the recurrence over a window; arguments as of `lstm_triton.launching.Kernels.forward`."""
     projected = launch.projected
     result = launch.room(window, gates, cells, hx, cx, save)
     # The states go to and fro between two tensors each.
@@ -233,7 +233,7 @@ def backward(
     dcn: Tensor,
     *wanted: bool,
 ) -> Gradients:
-    """The gradients of `forward`; arguments as of `lstm_triton.plan.Kernels.backward`."""
+    """The gradients of `forward`; arguments as of `lstm_triton.launching.Kernels.backward`."""
     found = launch.gradients(window, saved, dhn, dcn)
     found.dhx.copy_(dhn)
     found.dcx.copy_(dcn)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import _VF, Tensor
 
-from lstm_triton import plan, reference
+from lstm_triton import planning, reference
 from lstm_triton.cpu import build, runtime
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def why_auto(
         sizes = batch, features, hidden, size, directions, torch.get_num_threads()
         if drops:
             return "triton", why
-        if fast and plan.pays_on_cpu(*sizes, packed, records, recompute):
+        if fast and planning.pays_on_cpu(*sizes, packed, records, recompute):
             return "triton", "native kernels are faster than PyTorch's operator at this size"
     if drops or compiling:
         return "eager", why

@@ -29,7 +29,7 @@ class Eager:
     def forward(
         self, window: Window, output: Tensor, hx: Tensor, cx: Tensor, save: bool, room: Saved | None = None
     ) -> Pass:
-        """Runs the recurrence over a window; as `lstm_triton.plan.Kernels.forward`."""
+        """Runs the recurrence over a window; as `lstm_triton.launching.Kernels.forward`."""
         gates = self.layer.products(window, None if room is None else room.gates)
         hx = hx.to(self.dtype)
         hn, cn = hx.clone(), cx.clone()
@@ -46,7 +46,7 @@ class Eager:
         return Pass(hn, cn, gates, c_all)
 
     def rebuild(self, window: Window, output: Tensor, hx: Tensor, cx: Tensor) -> Saved:
-        """What `forward` would keep of a window, from the outputs; as `lstm_triton.plan.Kernels.rebuild`."""
+        """What `forward` would keep of a window, from the outputs; as `lstm_triton.launching.Kernels.rebuild`."""
         gates = self.layer.products(window)
         hidden = cx.size(2)
         c_all = cx.new_empty(*gates.shape[:2], hidden)
@@ -82,7 +82,7 @@ class Eager:
         dcn: Tensor,
         *wanted: bool,
     ) -> Gradients:
-        """The gradients of `forward`; as `lstm_triton.plan.Kernels.backward`."""
+        """The gradients of `forward`; as `lstm_triton.launching.Kernels.backward`."""
         dgates = torch.empty_like(saved.gates)
         h_prev = self._multiplied(window, output, hx) if saved.h_prev is None else saved.h_prev
         projected = self.layer.directions[0][4] is not None

@@ -19,7 +19,7 @@ class Operator:
         self.layer = layer
 
     def forward(self, window: Window, output: Tensor, hx: Tensor, cx: Tensor, save: bool, room: None = None) -> Pass:
-        """Runs the recurrence over a window; as `lstm_triton.plan.Kernels.forward`, but that nothing is kept."""
+        """Runs the recurrence over a window; as `lstm_triton.launching.Kernels.forward`, but that nothing is kept."""
         hn, cn = hx.clone(), cx.clone()
         for d in range(len(self.layer.directions)):
             x, order, rows = self._input(window, d)
@@ -47,7 +47,7 @@ class Operator:
         input_wanted: bool,
         weights_wanted: bool,
     ) -> LayerGradients:
-        """The gradients of `forward`; as `lstm_triton.plan.Kernels.backward`."""
+        """The gradients of `forward`; as `lstm_triton.launching.Kernels.backward`."""
         layer, dtype = self.layer, output.dtype
         dhx, dcx = dhn.clone(), dcn.clone()
         directions = len(layer.directions)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lstm_triton import dropout as masks
-from lstm_triton import plan, reference
+from lstm_triton import launching, reference
 from lstm_triton.eager import Eager
 from lstm_triton.operator import Operator
 from lstm_triton.recurrence import (
@@ -35,7 +35,7 @@ from lstm_triton.recurrence import (
 from lstm_triton.reference import by_direction
 
 _NOTHING = nullcontext()
-_ENGINES: dict[str, Any] = {"eager": Eager, "triton": plan.Kernels, "torch": Operator}
+_ENGINES: dict[str, Any] = {"eager": Eager, "triton": launching.Kernels, "torch": Operator}
 
 
 def gemms_as_rnn(input: Tensor) -> AbstractContextManager[None]:
@@ -116,7 +116,7 @@ class _Stack:
         """Dropout of layer k's output or, the same, of its gradient."""
         if self.seed is None or self.dropout == 0 or k == self.layers - 1:
             return x
-        draw = plan.drop if self.backend == "triton" else masks.drop
+        draw = launching.drop if self.backend == "triton" else masks.drop
         return draw(x, self.seed, masks.BETWEEN + k, self.dropout)
 
 
@@ -137,7 +137,7 @@ def describe(
     stack = _Stack(input, batch_sizes, hx, cx, weights, num_layers, bias, 0.0, None, None, 0.0, True, backend)
     rows = stack.input[:1, :1]
     outputs = rows.expand(stack.layout.total, stack.directions * hx.size(2))
-    return [plan.describe(stack.layer(k, outputs if k else stack.input)) for k in range(num_layers)]
+    return [launching.describe(stack.layer(k, outputs if k else stack.input)) for k in range(num_layers)]
 
 
 def forward(

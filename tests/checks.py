@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from bench.tolerances import TOLERANCES
-from lstm_triton import TritonLSTM, plan
+from lstm_triton import TritonLSTM, launching, planning
 from lstm_triton.recurrence import Layer
 
 # How Triton kernels run a layer: by each strategy, "persistent" without and with what it can fuse.
@@ -49,18 +49,18 @@ def forced(way: str) -> Iterator[None]:
 
     Nothing is fused on a GPU, nor where there are projections: "fused" is "persistent" there.
     """
-    choose = plan.of
+    choose = launching.of
 
-    def chosen(layer: Layer) -> plan.Plan:
+    def chosen(layer: Layer) -> planning.Plan:
         fused = way == "fused" and not layer.input.is_cuda and layer.hx.size(2) == layer.cx.size(2)
         return replace(choose(layer), fused=fused)
 
-    plan.of = chosen
+    launching.of = chosen
     try:
-        with plan.force("persistent" if way == "fused" else way):
+        with planning.force("persistent" if way == "fused" else way):
             yield
     finally:
-        plan.of = choose
+        launching.of = choose
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch.utils.checkpoint
 from torch._subclasses import FakeTensorMode
 
 from checks import Case, shaped
-from lstm_triton import TritonLSTM, dispatch, functional, plan
+from lstm_triton import TritonLSTM, dispatch, functional, planning
 
 
 def layer_arguments(device: torch.device, backend: str, dropout: str, packed: bool, chunk: int = 0) -> tuple:
@@ -47,7 +47,7 @@ def test_opcheck_backward(wanted: bool, chunk: int, backend: str, dropout: str, 
     torch.library.opcheck(torch.ops.lstm_triton.lstm_backward, backward)
 
 
-@pytest.mark.parametrize("way", ["eager", *plan.STRATEGIES])
+@pytest.mark.parametrize("way", ["eager", *planning.STRATEGIES])
 @pytest.mark.parametrize("mode", functional.MODES)
 def test_gradients_of_gradients_under_dropout(mode: str, way: str, device: torch.device) -> None:
     """gradcheck and gradgradcheck, masks drawn anew from the same seed, to the full numerical Jacobian."""
@@ -64,7 +64,7 @@ def test_gradients_of_gradients_under_dropout(mode: str, way: str, device: torch
         torch.manual_seed(1)
         return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x,))[0]
 
-    with plan.force("step" if way == "eager" else way):
+    with planning.force("step" if way == "eager" else way):
         assert torch.autograd.gradcheck(function, (x, *weights), fast_mode=way != "eager")
         assert torch.autograd.gradgradcheck(function, (x, *weights), fast_mode=True)
 

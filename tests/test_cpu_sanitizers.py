@@ -31,7 +31,7 @@ import triton.language as tl  # noqa: E402
 from cooperative_kernels import MUTANTS, forward_kernel  # noqa: E402
 
 from checks import WAYS, assert_close, forced  # noqa: E402
-from lstm_triton import cpu, functional, kernels, plan, recurrence  # noqa: E402
+from lstm_triton import cpu, functional, kernels, launching, planning, recurrence  # noqa: E402
 from lstm_triton.cpu import build, native  # noqa: E402
 
 pytestmark = [
@@ -442,9 +442,9 @@ class Layer:
 
         for module in (*kernels.STRATEGIES.values(), kernels.rebuild):
             monkeypatch.setattr(module, "start", start)
-        choose = plan.of
+        choose = launching.of
 
-        def chosen(layer: recurrence.Layer) -> plan.Plan:
+        def chosen(layer: recurrence.Layer) -> planning.Plan:
             found = choose(layer)
             if way == "step":
                 return replace(found, block_b=4, block_h=16, block_k=16)
@@ -452,7 +452,7 @@ class Layer:
 
         with monkeypatch.context() as patch:
             if small:
-                patch.setattr(plan, "of", chosen)
+                patch.setattr(launching, "of", chosen)
             with forced(way):
                 ours = self.run("triton")
         assert launcher.launches > 0

@@ -15,7 +15,7 @@ import json, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lstm_triton import kernels, plan
+from lstm_triton import kernels, planning
 from lstm_triton.kernels import cells, launch
 
 # Arguments that are kept in float32 (float64 for float64) whatever the input's dtype.
@@ -45,7 +45,7 @@ def source(function, constants, element):
     return ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
 
 for arch, shared, element, hidden, size, dropout, ragged in json.loads(sys.argv[1]):
-    chosen = plan.choose(32, hidden, size, DTYPES[element], shared)
+    chosen = planning.choose(32, hidden, size, DTYPES[element], shared)
     strategy = kernels.STRATEGIES[chosen.strategy]
     assert not chosen.fused, "only the CPU's kernels are"
     # As a launch has them.

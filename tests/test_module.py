@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from checks import Case, assert_close, results, shaped
-from lstm_triton import TritonLSTM, convert, dispatch, functional, kernels, ops, plan, revert
+from lstm_triton import TritonLSTM, convert, dispatch, functional, kernels, launching, ops, planning, revert
 from lstm_triton.recurrence import rnn_precision
 
 BACKENDS = ["auto", "torch", "eager", "triton"]
@@ -204,7 +204,7 @@ def test_backend_runs(backend: str, device: torch.device, monkeypatch: pytest.Mo
 
     watch(eager.Eager, "forward", "eager")
     watch(dispatch, "_operator", "torch")
-    watch(plan.Kernels, "forward", "triton")
+    watch(launching.Kernels, "forward", "triton")
     TritonLSTM(5, 7, device=device, backend=backend)(torch.randn(2, 1, 5, device=device))
     assert ran == [backend]
 
@@ -258,12 +258,12 @@ def test_auto_choices_on_a_cpu(native: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_plan_fits_the_gpu() -> None:
     half, single = torch.float16, torch.float32
-    assert plan.choose(32, 128, 128, half).strategy == "persistent"
-    assert plan.choose(32, 129, 129, half).strategy == "step"
-    assert plan.choose(32, 128, 128, half, shared_bytes=99 * 1024).strategy == "step"
-    assert plan.choose(32, 64, 64, single).strategy == "persistent"
-    assert plan.choose(32, 128, 128, single).strategy == "step"
-    with pytest.raises(ValueError, match="strategy should be one of"), plan.force("fast"):
+    assert planning.choose(32, 128, 128, half).strategy == "persistent"
+    assert planning.choose(32, 129, 129, half).strategy == "step"
+    assert planning.choose(32, 128, 128, half, shared_bytes=99 * 1024).strategy == "step"
+    assert planning.choose(32, 64, 64, single).strategy == "persistent"
+    assert planning.choose(32, 128, 128, single).strategy == "step"
+    with pytest.raises(ValueError, match="strategy should be one of"), planning.force("fast"):
         pass
 
 

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from bench.memory import saved_bytes
 from checks import WAYS, Case, assert_close, forced
-from lstm_triton import TritonLSTM, dispatch, kernels, plan
+from lstm_triton import TritonLSTM, dispatch, kernels, launching, planning
 from lstm_triton.recurrence import Layout, Window
 
 LENGTHS = [3, 9, 1, 9, 5]  # unsorted
@@ -132,9 +132,9 @@ def test_long_rows_take_no_more_memory_than_the_padded_batch() -> None:
 def test_tiles_follow_the_lengths() -> None:
     """Rows that end early share no tile with one that goes on; equally long ones share as dense ones do."""
     sizes = (32, 64, 64, 64, 1, 2)
-    dense = plan.choose_on_cpu(*sizes)
-    assert plan.choose_on_cpu(*sizes, None, (100,) * 32) == dense
-    ragged = plan.choose_on_cpu(*sizes, None, (500,) + (10,) * 31)
+    dense = planning.choose_on_cpu(*sizes)
+    assert planning.choose_on_cpu(*sizes, None, (100,) * 32) == dense
+    ragged = planning.choose_on_cpu(*sizes, None, (500,) + (10,) * 31)
     assert ragged.block_b < dense.block_b and dense.fused and not ragged.fused
 
 
@@ -153,7 +153,7 @@ def test_explain(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """The backend that it names is the one that runs; it computes nothing."""
     ran = []
     for owner, name, label in (
-        (dispatch, "_operator", "torch"), (plan.Kernels, "forward", "triton"),
+        (dispatch, "_operator", "torch"), (launching.Kernels, "forward", "triton"),
     ):  # fmt: skip
         original = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, _o=original, _l=label: ran.append(_l) or _o(*a))

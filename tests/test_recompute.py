@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bench.memory import saved_bytes
 from checks import WAYS, Case, assert_close, cases_by_way, forced, matrix, results
-from lstm_triton import TritonLSTM, convert, functional, plan, revert
+from lstm_triton import TritonLSTM, convert, functional, launching, revert
 from lstm_triton.dropout import BETWEEN, drop
 from lstm_triton.eager import Eager
 from lstm_triton.recurrence import (
@@ -99,9 +99,9 @@ def test_masks_are_the_same(way: str, mode: str, form: str, device: torch.device
 @pytest.mark.interpreted
 def test_dropout_between_layers_is_every_backends(device: torch.device) -> None:
     x, seed = torch.randn(37, 19, device=device), torch.tensor([5], device=device)
-    ours = plan.drop(x, seed, BETWEEN + 1, 0.3)
+    ours = launching.drop(x, seed, BETWEEN + 1, 0.3)
     torch.testing.assert_close(ours, drop(x, seed, BETWEEN + 1, 0.3), rtol=1e-6, atol=0)
-    assert not torch.equal(ours, plan.drop(x, seed, BETWEEN, 0.3))
+    assert not torch.equal(ours, launching.drop(x, seed, BETWEEN, 0.3))
     assert 0.2 < ours.eq(0).float().mean().item() < 0.4
 
 
@@ -207,7 +207,7 @@ def test_a_backward_that_fails_changes_nothing(
     backend: str, chunk: bool | int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An exception in the lower layer, when the upper one's gradients are known: parameters and gradients stay."""
-    engine = {"eager": Eager, "triton": plan.Kernels}[backend]
+    engine = {"eager": Eager, "triton": launching.Kernels}[backend]
     module = TritonLSTM(5, 7, 2, backend=backend, recompute=chunk, device=device)
     x = torch.randn(8, 3, 5, device=device, requires_grad=True)
     module(x)[0].sum().backward()
@@ -298,7 +298,7 @@ def test_offsets_beyond_32_bits(way: str, tmp_path: Path) -> None:
         layer = Layer(room(hidden, x), h, c, by_direction(weights, True, False), layout, RecurrentDropout())
         window = Window(layout, 0, steps)
         with forced(way):
-            run = plan.Kernels(layer)
+            run = launching.Kernels(layer)
             fused = run.plan.fused
             assert fused == (way == "fused")
             products = x @ weights[0].t() + weights[2] + weights[3]

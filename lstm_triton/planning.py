@@ -46,7 +46,6 @@ RECOMPUTE_SPARE = 1.3
 UNFUSED_ROWS = range(4, 9)
 
 _forced: str | None = None
-_NOTHING = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,11 @@ class Plan:
     num_warps: int
     num_stages: int = 1
     fused: bool = False  # whether the products with the input and the weights' gradients are in the kernel, too
+
+
+def forced() -> str | None:
+    """The strategy that `force` asks for."""
+    return _forced
 
 
 @contextmanager
