@@ -1,17 +1,13 @@
-"""Which Triton strategy runs a layer, with which tiles, and the way to its launcher."""
+"""Which Triton strategy runs a layer, with which tiles."""
 
-import importlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import Any
+from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from lstm_triton.dropout import PER_CALL
-from lstm_triton.recurrence import Gradients, Layer, LayerGradients, Pass, Saved, Window
 
 STRATEGIES = ("persistent", "step")
 
@@ -190,12 +186,6 @@ def pays_on_cpu(
     return pays and padding <= next(spare for most, spare in SPARE if weights <= most)
 
 
-@cache
-def _kernels() -> Any:
-    """The kernels, imported on first use: Triton may be missing, and `TRITON_INTERPRET` is read at that moment."""
-    return importlib.import_module("lstm_triton.kernels")
-
-
 def _power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
@@ -203,113 +193,3 @@ def _power(n: int) -> int:
 def tile(n: int) -> int:
     """The smallest power of two that holds n and that `tl.dot` takes."""
     return max(16, 1 << (n - 1).bit_length())
-
-
-def _device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current GPU: makes that the one where `x` is."""
-    return torch.cuda.device_of(x) if x.is_cuda else _NOTHING
-
-
-def of(layer: Layer) -> Plan:
-    """The plan for a layer's call."""
-    interpreted, shared = _kernels().INTERPRETED, SHARED_BYTES
-    input, (_, batch, size), hidden = layer.input, layer.hx.shape, layer.cx.size(2)
-    if input.is_cuda:
-        properties = torch.cuda.get_device_properties(input.device)
-        shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-    elif not interpreted:
-        lengths = None if layer.layout.is_dense else tuple(layer.layout.lengths)
-        threads, directions = torch.get_num_threads(), len(layer.directions)
-        return choose_on_cpu(batch, input.size(1), hidden, size, directions, threads, _forced, lengths)
-    return choose(batch, hidden, size, input.dtype, shared, interpreted)
-
-
-def describe(layer: Layer) -> str:
-    """The plan for a layer's call, in words."""
-    plan, layout, directions = of(layer), layer.layout, len(layer.directions)
-    lengths = layout.lengths[:: plan.block_b]  # a program's steps are those of its longest row
-    work = sum(lengths) * plan.block_b / layout.total
-    fused = ", the products with input and weights in it" if plan.fused else ""
-    strategy = f"{plan.strategy}{fused}; tiles of {plan.block_b} batch rows and {plan.block_h} units"
-    ends = "" if layout.is_dense else f", which end after {lengths[-1]} to {lengths[0]} steps"
-    return f"{strategy}; {len(lengths) * directions} programs{ends}; {work:.2f} rows run for each that is there"
-
-
-def drop(x: Tensor, seed: Tensor, stream: int, p: float) -> Tensor:
-    """`lstm_triton.dropout.drop` by a Triton kernel."""
-    with _device_of(x):
-        return _kernels().dropout.drop(x, seed, stream, p)
-
-
-class Kernels:
-    """A layer's call by Triton kernels."""
-
-    def __init__(self, layer: Layer) -> None:
-        self.layer, self.plan = layer, of(layer)
-        self.launch = _kernels().Launch.of(self.plan, layer)
-        self.strategy = _kernels().STRATEGIES[self.plan.strategy]
-
-    @property
-    def window_length(self) -> int:
-        """Steps to run at a time where nothing is kept; 0: all."""
-        return 0 if self.plan.fused else self.layer.window_length()
-
-    def forward(
-        self, window: Window, output: Tensor, hx: Tensor, cx: Tensor, save: bool, room: Saved | None = None
-    ) -> Pass:
-        """Runs the recurrence over a window.
-
-        Args:
-            window: the steps.
-            output: (N, D * K), of which the window's rows are written.
-            hx: (D, B, K), cx: (D, B, H) in the state's dtype: before the window.
-            save: whether gates and c are kept for backward.
-            room: for these; None for new tensors.
-        """
-        gates, cells = (None, None) if room is None else room[:2]
-        if not self.plan.fused:
-            gates = self.layer.products(window, gates)
-        with _device_of(output):
-            return self.strategy.forward(self.launch, window, gates, cells, output, hx, cx, save)
-
-    def rebuild(self, window: Window, output: Tensor, hx: Tensor, cx: Tensor) -> Saved:
-        """What `forward` keeps of a window, from the outputs; hx, cx as there."""
-        rebuild = _kernels().rebuild
-        gates = self.layer.products(window)
-        with _device_of(output):
-            h_prev = rebuild.multiplied(self.launch, window, output, hx)
-            for d, (_, w_hh, *_) in enumerate(self.layer.directions):
-                gates[d].addmm_(h_prev[d], w_hh.t())
-            return Saved(gates, rebuild.activate(self.launch, window, gates, cx), h_prev)
-
-    def backward(
-        self,
-        window: Window,
-        output: Tensor,
-        doutput: Tensor,
-        saved: Saved,
-        hx: Tensor,
-        cx: Tensor,
-        dhn: Tensor,
-        dcn: Tensor,
-        *wanted: bool,
-    ) -> Gradients | LayerGradients:
-        """The gradients of `forward`; where the plan is fused, all of the layer's.
-
-        Args:
-            window, output, hx, cx: as there.
-            doutput: (N, D * K).
-            saved: what forward kept of the window, or `rebuild` returned.
-            dhn, dcn: (D, B, K), (D, B, H) in the state's dtype: of the states after the window.
-            wanted: whether the gradients of the input and those of the weights are.
-        """
-        with _device_of(output):
-            found = self.strategy.backward(
-                self.launch, window, output, doutput, saved, hx, cx, dhn, dcn, *wanted
-            )  # fmt: skip
-            if isinstance(found, LayerGradients):
-                return found
-            h_prev = saved.h_prev
-            if h_prev is None:
-                h_prev = _kernels().rebuild.multiplied(self.launch, window, output, hx)
-            return found._replace(h_prev=h_prev)
