@@ -3,10 +3,10 @@
 Imported as `lstm_triton.kernels`, on first use only: `TRITON_INTERPRET` is read at that moment.
 """
 
-from lstm_triton.kernels import dropout, persistent, rebuild, step
+from lstm_triton.kernels import cooperative, dropout, persistent, rebuild, step
 from lstm_triton.kernels.blocks import INTERPRETED
 from lstm_triton.kernels.launch import Launch
 
-STRATEGIES = {"persistent": persistent, "step": step}
+STRATEGIES = {"persistent": persistent, "cooperative": cooperative, "step": step}
 
-__all__ = ["INTERPRETED", "STRATEGIES", "Launch", "dropout", "persistent", "rebuild", "step"]
+__all__ = ["INTERPRETED", "STRATEGIES", "Launch", "cooperative", "dropout", "persistent", "rebuild", "step"]

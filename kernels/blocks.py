@@ -82,6 +82,22 @@ def mask_tile(
 
 
 @triton.jit
+def as_multiplied(
+    h, mask_ptr, z, t, T, mask_steps, B, rows, first, units, live, threshold, scale, stream,
+    H: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, kept: tl.constexpr,
+):  # fmt: skip
+    """h under the recurrent dropout of step t; of a step that isn't there, any."""
+    if DROPOUT != "none":
+        m = mask_tile(
+            mask_ptr, z, tl.minimum(tl.maximum(t, 0), T - 1), mask_steps, B, rows, first, units, live,
+            threshold, scale, stream, H, DROPOUT, PER_STEP, BLOCK_B, BLOCK_H,
+        )  # fmt: skip
+        h = cast(h.to(kept) * m, h.dtype)
+    return h
+
+
+@triton.jit
 def rows_of_step(offsets_ptr, t, low, high, B, rows, RAGGED: tl.constexpr):
     """Where batch rows `rows` are among the N at step t, and which of them it has: none outside low … high - 1."""
     inside = (t >= low) & (t < high)

@@ -1,20 +1,25 @@
 """What all launchers share: the arguments of a layer's kernels, laid out and allocated."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lstm_triton.cpu import native
 from lstm_triton.dropout import threshold_and_scale
+from lstm_triton.kernels import barrier
 from lstm_triton.kernels.blocks import INTERPRETED
 from lstm_triton.planning import Plan
 from lstm_triton.recurrence import Gradients, Layer, Layout, Pass, Saved, Window, rnn_precision
 
 # Kernel arguments that vary from call to call and must not compile a kernel anew.
 RUN_TIME = ["T", "first", "last", "B", "n", "s", "threshold", "stream", "mask_steps"]
+
+COOPERATIVE_RUN_TIME = [*RUN_TIME, "rounds", "launch", "between_threshold", "between_stream"]
 
 # Hidden units of a program that rebuilds gates: none waits for the others', so that there may be many programs.
 REBUILT_UNITS = 64
@@ -101,6 +106,21 @@ class Launch:
         """That of kernels whose programs own a tile of the batch."""
         return -(-self.B // self.plan.block_b), self.D, 1
 
+    def cooperative_grid(self, layers: int) -> tuple[int, int, int]:
+        """That of kernels whose programs share the hidden units; `layers` of a wavefront, or 1."""
+        return -(-self.H // self.plan.block_h), self.grid[0], self.D * layers
+
+    @contextmanager
+    def meeting(self, layers: int) -> Iterator["Meeting"]:
+        """What programs that meet need; raises RuntimeError where they did so in vain: on a GPU of earlier launches."""
+        device, grid = self.x.device, self.cooperative_grid(layers)
+        barriers = barrier.of(device)
+        counters, failed, number = barriers.begin(self.grid[0] * self.D, f"{self.plan}, grid {grid}, on {device}")
+        rounds = barrier.INTERPRETED_ROUNDS if INTERPRETED else barrier.ROUNDS
+        yield Meeting((counters, failed), (rounds, number))
+        if device.type != "cuda":
+            barriers.check()
+
     def numbers(self, window: Window) -> tuple[int | float, ...]:
         """The kernels' last arguments: T, first, last, B, n, mask_steps, threshold, scale and stream."""
         return self.T, window.first, window.last, self.B, window.size(self.D), self.mask_steps, *self.drop
@@ -119,6 +139,29 @@ class Launch:
         dgates = saved.gates if self.plan.fused else torch.empty_like(saved.gates)
         dh = dgates.new_empty(self.D, window.size(self.D), self.K) if self.projected else None
         return Gradients(torch.empty_like(dhn), torch.empty_like(dcn), dgates, dh, None)
+
+
+class Meeting(NamedTuple):
+    """Arguments of kernels whose programs meet."""
+
+    tensors: tuple[Tensor, Tensor]  # counters and the flag
+    numbers: tuple[int, int]  # rounds and the launch's number
+
+
+class Front(NamedTuple):
+    """What the kernels of `cooperative` multiply with: for a layer, or for the layers of a wavefront."""
+
+    layers: int
+    w_hh: Tensor  # (D or layers, 4H, H)
+    w_ih: Tensor  # (layers - 1, 4H, H) of all but the first
+    bias: Tensor  # (layers - 1, 4H)
+    seed: Tensor  # of the dropout between layers
+    drops: bool  # whether there is any
+    between: tuple[int, float, int]  # its threshold, scale and stream
+
+    @classmethod
+    def of(cls, launch: Launch) -> "Front":
+        return cls(1, launch.w_hh, launch.x, launch.x, launch.x, False, (0, 1.0, 0))
 
 
 @lru_cache(maxsize=256)
@@ -145,13 +188,32 @@ def _constants(
         "HAS_HR": projected, "RAGGED": ragged, "DROPOUT": dropout, "PER_STEP": per_step,
         "PRECISION": precision, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
     }  # fmt: skip
-    rebuild = constants | {"BLOCK_H": min(plan.block_h, REBUILT_UNITS)}
+    units = plan.block_h if plan.strategy != "cooperative" else 1 << (H - 1).bit_length()
+    rebuild = constants | {"BLOCK_H": max(8, min(units, REBUILT_UNITS))}
     if plan.strategy == "persistent":
         # Of no use to a kernel that isn't fused: there the same for all layers, which share one kernel then.
         features = I if plan.fused else 1
         block_i = 1 << (features - 1).bit_length()
         constants |= {"I": features, "BLOCK_I": block_i, "FUSED": plan.fused, "BIAS": bias and plan.fused}
+    if plan.strategy == "cooperative":
+        for name in ("K", "BLOCK_K", "HAS_HR"):
+            del constants[name]
+        (k1, k2), (j1, j2) = blocks_of(H, plan.slices), blocks_of(4 * H, plan.slices)
+        constants |= {
+            "LAYERS": plan.layers, "SLICES": plan.slices, "MATVEC": plan.matvec, "K1": k1, "K2": k2, "J1": j1, "J2": j2,
+            "launch_cooperative_grid": True,
+        }  # fmt: skip
     return constants, rebuild
+
+
+def blocks_of(size: int, slices: int) -> tuple[int, int]:
+    """Two powers of two, or one and 0, that cover an inner dimension and can be cut into slices (`sliced`)."""
+    least = 16 * slices
+    first = max(least, 1 << (size.bit_length() - 1))
+    if first >= size:
+        return first, 0
+    second = max(least, 1 << (size - first - 1).bit_length())
+    return (first, second) if second < first else (2 * first, 0)
 
 
 def _stacked(tensors: tuple[Tensor | None, ...]) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 
 from lstm_triton.dropout import PER_CALL
 
-STRATEGIES = ("persistent", "step")
+STRATEGIES = ("persistent", "cooperative", "step")
 
 # Bytes of recurrent weights that `persistent` may keep: an SM of sm_80 and newer has 256 KiB of
 # registers, and there the compiler puts those of fp16 and bf16; the rest is for states and gates.
@@ -31,6 +31,8 @@ MOST_TRAINING_WEIGHTS = 16 * 1024  # the same in training, for each row of the b
 FUSED_PROGRAM_ROWS = 256
 # Numbers that the tiles of the batch may add up together, each its own gradients of the weights.
 FUSED_MOST_SUMS = 4 * 1024 * 1024
+# Programs on a CPU that share the hidden units, at most.
+COOPERATING = 4
 # How much may be lost to padding, as tiles are powers of two: weights up to a number, and times as many operations.
 SPARE = ((8 * 1024, 1.3), (32 * 1024, 1.15), (MOST_WEIGHTS, 1.02))
 # The same on packed batches, where PyTorch's operator takes longer: of all, and in training (bench/ragged.py).
@@ -55,6 +57,10 @@ class Plan:
     num_warps: int
     num_stages: int = 1
     fused: bool = False  # whether the products with the input and the weights' gradients are in the kernel, too
+    # Of `cooperative`:
+    slices: int = 1  # parts of the product's inner dimension, each multiplied by other warps
+    matvec: bool = False  # forward alone: row by row, without tensor cores
+    layers: int = 1  # that run in one launch, as a wavefront
 
 
 def forced() -> str | None:
@@ -64,7 +70,7 @@ def forced() -> str | None:
 
 @contextmanager
 def force(strategy: str) -> Iterator[None]:
-    """Within this context every layer on backend "triton" runs by `strategy`, "step" or "persistent"."""
+    """Within this context every layer on backend "triton" runs by `strategy`, one of `STRATEGIES`."""
     global _forced
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy should be one of {', '.join(STRATEGIES)}, got {strategy!r}")
@@ -100,6 +106,8 @@ def choose(
     # Beside the weights the compiled backward holds up to five operand tiles of the batch.
     shared = weights + 5 * block_b * max(block_h, block_k) * dtype.itemsize
     fits = weights <= PERSISTENT_BYTES and shared <= shared_bytes
+    if _forced == "cooperative":
+        return Plan("cooperative", min(block_b, 16), max(PER_CALL, block_h // COOPERATING), min(block_k, 64), 4)
     if (_forced or ("persistent" if fits else "step")) == "persistent":
         return Plan("persistent", block_b, block_h, block_k, num_warps=4 if weights <= 32 * 1024 else 8)
     return Plan("step", block_b, min(block_h, 32), min(block_k, 64), num_warps=4, num_stages=2)
@@ -143,6 +151,9 @@ def choose_on_cpu(
     block_h, block_k = max(PER_CALL, _power(hidden)), max(PER_CALL, _power(size))
     if forced == "step":
         return Plan("step", block_b, min(block_h, 32), min(block_k, 64), 1)
+    if forced == "cooperative":  # never chosen here: threads that wait for each other cost more than they save
+        units = max(PER_CALL, block_h // COOPERATING)
+        return Plan("cooperative", min(block_b, 16), units, min(block_k, 64), 1)
     weights, tiles = 4 * block_h * (block_k + _power(features)), -(-batch // block_b)
     few = weights <= max(FUSED_WEIGHTS, min(block_b * FUSED_ROW_WEIGHTS, MOST_WEIGHTS))
     if lengths is not None:

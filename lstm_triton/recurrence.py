@@ -177,6 +177,14 @@ class Window(NamedTuple):
         return state
 
 
+def first_rows(window: Window, d: int, device: torch.device) -> Tensor:
+    """(rows,) where, among a window's rows, direction d's first step of each batch row is that has any there."""
+    part = window.part(d)
+    if d == 0:
+        return torch.arange(part.batch, device=device)
+    return torch.tensor([part.starts[n - 1] + r for r, n in enumerate(part.lengths)], device=device)
+
+
 def windows(layout: Layout, length: int) -> list[Window]:
     """A layer's steps, `length` at a time; 0: all at once."""
     steps = layout.steps
