@@ -3,10 +3,13 @@
 Imported as `lstm_triton.kernels`, on first use only: `TRITON_INTERPRET` is read at that moment.
 """
 
-from lstm_triton.kernels import cooperative, dropout, persistent, rebuild, step
+from lstm_triton.kernels import cooperative, cooperative_backward, dropout, persistent, rebuild, step
 from lstm_triton.kernels.blocks import INTERPRETED
-from lstm_triton.kernels.launch import Launch
+from lstm_triton.kernels.launch import Front, Launch
 
 STRATEGIES = {"persistent": persistent, "cooperative": cooperative, "step": step}
 
-__all__ = ["INTERPRETED", "STRATEGIES", "Launch", "cooperative", "dropout", "persistent", "rebuild", "step"]
+__all__ = [
+    "INTERPRETED", "STRATEGIES", "Front", "Launch", "cooperative", "cooperative_backward", "dropout", "persistent",
+    "rebuild", "step",
+]  # fmt: skip

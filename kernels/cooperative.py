@@ -36,7 +36,7 @@ _SPACING = tl.constexpr(barrier.SPACING)
 @triton.jit(do_not_specialize=COOPERATIVE_RUN_TIME)
 def forward_kernel(
     gates_ptr,  # (Z, n, 4H) in: input products, of the first layer in a wavefront; out, where SAVE: activated gates
-    y_ptr,  # (N, D * H) out; in a wavefront (Z, N, H)
+    y_ptr,  # (N, D * H) out; in a wavefront, where SAVE, (Z, N, H)
     c_ptr,  # (Z, n, H) out, where SAVE
     hx_ptr,  # (Z, B, H) before the window
     cx_ptr,  # (Z, B, H)
@@ -168,8 +168,14 @@ def forward_kernel(
             tl.store(save_at + 2 * H, cast(g, gate), mask=cell_mask)
             tl.store(save_at + 3 * H, cast(o, gate), mask=cell_mask)
             tl.store(c_ptr + ((plane + at) * H)[:, None] + units[None, :], c_new, mask=cell_mask)
-        y_at = at * D * H + d * H if LAYERS == 1 else (z.to(tl.int64) * n + at) * H
-        tl.store(y_ptr + y_at[:, None] + units[None, :], q, mask=cell_mask)
+        y_at = at * D * H + d * H
+        y_mask = cell_mask
+        if LAYERS > 1:
+            if SAVE:
+                y_at += z.to(tl.int64) * n * H
+            else:
+                y_mask = cell_mask & (layer == LAYERS - 1)
+        tl.store(y_ptr + y_at[:, None] + units[None, :], q, mask=y_mask)
         t = following
         at, live = rows_of_step(offsets_ptr, t, low, high, B, rows, RAGGED)
         g_at = gates_ptr + ((plane + at) * 4 * H)[:, None] + gate_at[None, :]

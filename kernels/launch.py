@@ -21,6 +21,7 @@ RUN_TIME = ["T", "first", "last", "B", "n", "s", "threshold", "stream", "mask_st
 
 COOPERATIVE_RUN_TIME = [*RUN_TIME, "rounds", "launch", "between_threshold", "between_stream"]
 
+REGISTERS = 65536  # of an SM, of each NVIDIA GPU since sm_35
 # Hidden units of a program that rebuilds gates: none waits for the others', so that there may be many programs.
 REBUILT_UNITS = 64
 
@@ -81,7 +82,8 @@ class Launch:
     @classmethod
     def of(cls, plan: Plan, layer: Layer) -> "Launch":
         input, layout, dropout = layer.input, layer.layout, layer.dropout
-        (N, I), (D, B, K), H = input.shape, layer.hx.shape, layer.cx.size(2)
+        (N, I), (_, B, K), H = input.shape, layer.hx.shape, layer.cx.size(2)
+        D = len(layer.directions)
         w_ih, w_hh, b_ih, b_hh, w_hr = (_stacked(tensors) for tensors in zip(*layer.directions, strict=True))
         ragged, projected, bias = not layout.is_dense, w_hr is not None, b_ih is not None
         assert w_ih is not None and w_hh is not None
@@ -203,6 +205,8 @@ def _constants(
             "LAYERS": plan.layers, "SLICES": plan.slices, "MATVEC": plan.matvec, "K1": k1, "K2": k2, "J1": j1, "J2": j2,
             "launch_cooperative_grid": True,
         }  # fmt: skip
+        if torch.version.hip is None:  # or ptxas spills some at half the registers that there are
+            constants["maxnreg"] = min(255, REGISTERS // (32 * plan.num_warps))
     return constants, rebuild
 
 

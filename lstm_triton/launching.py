@@ -2,15 +2,17 @@
 
 import importlib
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lstm_triton import dropout as masks
 from lstm_triton import planning
 from lstm_triton.planning import Plan
-from lstm_triton.recurrence import Gradients, Layer, LayerGradients, Pass, Saved, Window
+from lstm_triton.recurrence import Gradients, Layer, LayerGradients, Pass, RecurrentDropout, Saved, Window
 
 _NOTHING = nullcontext()
 
@@ -26,8 +28,8 @@ def _device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device_of(x) if x.is_cuda else _NOTHING
 
 
-def of(layer: Layer) -> Plan:
-    """The plan for a layer's call."""
+def chosen(layer: Layer) -> Plan:
+    """The plan for the sizes of a layer's call."""
     interpreted, shared = _kernels().INTERPRETED, planning.SHARED_BYTES
     input, (_, batch, size), hidden = layer.input, layer.hx.shape, layer.cx.size(2)
     if input.is_cuda:
@@ -39,6 +41,23 @@ def of(layer: Layer) -> Plan:
         sizes = batch, input.size(1), hidden, size, directions
         return planning.choose_on_cpu(*sizes, threads, planning.forced(), lengths)
     return planning.choose(batch, hidden, size, input.dtype, shared, interpreted)
+
+
+def of(layer: Layer) -> Plan:
+    """The plan for a layer's call."""
+    plan = chosen(layer)
+    drops = layer.dropout.mask is not None or layer.dropout.seed is not None
+    if plan.strategy == "cooperative" and layer.hx.size(2) != layer.cx.size(2) and drops:
+        # The mask between the two weights forbids to fold them (kernels/folded.py).
+        return replace(plan, strategy="step", block_h=min(planning.tile(plan.block_h), 32))
+    return plan
+
+
+def of_wavefront(layer: Layer, layers: int) -> Plan | None:
+    """The plan for all of a call's layers in one launch, from the first of them; None where they run one by one."""
+    if len(layer.directions) > 1 or layer.hx.size(2) != layer.cx.size(2):
+        return None
+    return planning.wavefront(of(layer), layers)
 
 
 def describe(layer: Layer) -> str:
@@ -56,6 +75,14 @@ def drop(x: Tensor, seed: Tensor, stream: int, p: float) -> Tensor:
     """`lstm_triton.dropout.drop` by a Triton kernel."""
     with _device_of(x):
         return _kernels().dropout.drop(x, seed, stream, p)
+
+
+class Drops(NamedTuple):
+    """What a call drops."""
+
+    recurrent: RecurrentDropout
+    seed: Tensor | None  # of the dropout between layers, where there is any
+    p: float
 
 
 class Kernels:
@@ -130,3 +157,59 @@ class Kernels:
             if h_prev is None:
                 h_prev = _kernels().rebuild.multiplied(self.launch, window, output, hx)
             return found._replace(h_prev=h_prev)
+
+
+class Wavefront:
+    """All layers of a call in one launch, each a step behind the one below it."""
+
+    def __init__(self, plan: Plan, layers: list[Layer], hx: Tensor, cx: Tensor, drops: Drops) -> None:
+        first = layers[0]
+        self.hx, self.cx, self.layers = hx, cx, layers
+        self.whole = first._replace(hx=hx, cx=cx, dropout=drops.recurrent)
+        self.launch = _kernels().Launch.of(plan, self.whole)
+        self.window = Window(first.layout, 0, first.layout.steps)
+        w_ih, w_hh, b_ih, b_hh, _ = zip(*(layer.directions[0] for layer in layers), strict=True)
+        bias = torch.zeros_like(torch.stack(w_ih[1:])[..., 0])
+        if b_ih[0] is not None:
+            bias = torch.stack(b_ih[1:]) + torch.stack(b_hh[1:])
+        seed = first.input if drops.seed is None else drops.seed
+        between = (*masks.threshold_and_scale(drops.p), masks.BETWEEN)
+        self.front = _kernels().Front(
+            len(layers), torch.stack(w_hh), torch.stack(w_ih[1:]), bias, seed, drops.seed is not None, between
+        )
+
+    def forward(self, save: bool) -> tuple[Tensor, Pass]:
+        """The outputs of all layers (L, N, H), without `save` of the last (N, H); the pass with gates (L, N, 4H)."""
+        count, N, H, input = len(self.layers), self.whole.input.size(0), self.cx.size(2), self.hx
+        gates = input.new_empty(count if save else 1, N, 4 * H)
+        self.whole.products(self.window, gates)
+        cells = self.cx.new_empty(count, N, H) if save else None
+        output = input.new_empty((count, N, H) if save else (N, H))
+        with _device_of(output):
+            run = _kernels().cooperative.run
+            return output, run(self.launch, self.window, self.front, gates, cells, output, self.hx, self.cx, save)
+
+    def backward(
+        self, doutput: Tensor, gates: list[Tensor], cells: list[Tensor], dhn: Tensor, dcn: Tensor
+    ) -> Gradients:
+        """From what `forward` kept of each layer: the gradients of all layers' gates (L, N, 4H) and states."""
+        saved = Saved(_joined(gates), _joined(cells))
+        with _device_of(doutput):
+            run = _kernels().cooperative_backward.run
+            return run(self.launch, self.window, self.front, doutput, saved, self.cx, dhn, dcn)
+
+    def multiplied(self, k: int, output: Tensor) -> Tensor:
+        """(1, N, H) the h that layer k's steps multiplied, from its outputs (N, H)."""
+        layer = self.layers[k]
+        with _device_of(output):
+            return _kernels().rebuild.multiplied(Kernels(layer).launch, self.window, output, layer.hx)
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """(L, n, ·) from L tensors (1, n, ·): as they lie, where that is one after the other, else copied."""
+    first = pieces[0]
+    size = first.numel() * first.element_size()
+    whole = first.untyped_storage().nbytes() == size * len(pieces) and first.storage_offset() == 0
+    if whole and all(x.data_ptr() == first.data_ptr() + k * size for k, x in enumerate(pieces)):
+        return first.as_strided((len(pieces), *first.shape[1:]), first.stride())
+    return torch.cat(pieces)

@@ -9,7 +9,7 @@ window where all fits and is kept, more where memory is to be saved.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -112,6 +112,23 @@ class _Stack:
         """
         return 0 if keep and self.directions > 1 else engine.window_length
 
+    def wavefront(self, inputs: list[Tensor]) -> launching.Wavefront | None:
+        """All layers as one launch, where that is the plan.
+
+        Args:
+            inputs: of each layer, (N, I) and (N, D * K); in forward the first alone.
+        """
+        if self.backend != "triton" or self.layers == 1:
+            return None
+        layers = [self.layer(k, inputs[min(k, len(inputs) - 1)]) for k in range(self.layers)]
+        plan = launching.of_wavefront(layers[0], self.layers)
+        if plan is None:
+            return None
+        recurrent = RecurrentDropout(self.mask, self.seed if self.p > 0 else None, self.p, self.per_step)
+        drops = launching.Drops(recurrent, self.seed if self.dropout > 0 else None, self.dropout)
+        cx = self.cx if self.kept == self.dtype else self.cx.to(self.kept)
+        return launching.Wavefront(plan, layers, self.hx, cx, drops)
+
     def drop(self, x: Tensor, k: int) -> Tensor:
         """Dropout of layer k's output or, the same, of its gradient."""
         if self.seed is None or self.dropout == 0 or k == self.layers - 1:
@@ -185,6 +202,12 @@ def forward(
     width = stack.directions * hx.size(2)
     hn, cn, outputs, gates, cells = [], [], [], [], []
     with gemms_as_rnn(x):
+        front = None if recompute else stack.wavefront([x])
+        if front is not None:
+            y, found = front.forward(save)
+            output = (y[-1] if save else y).view(*input.shape[:-1], width)
+            kept = [*y[:-1], *found.gates.split(1), *found.c.split(1)] if save else []
+            return output, found.hn, found.cn if same else found.cn.to(stack.dtype), kept
         for k in range(num_layers):
             layer = stack.layer(k, x)
             engine = _ENGINES[backend](layer)
@@ -221,7 +244,15 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.view(-1, x.size(-1))
 
 
-lstm = torch.library.custom_op("lstm_triton::lstm", forward, mutates_args=())
+@wraps(forward)
+def _apart(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """`forward`, all of whose results have memory of their own, as an operator's should."""
+    output, hn, cn, kept = forward(*arguments, **named)
+    kept = [x if x.untyped_storage().nbytes() == x.numel() * x.element_size() else x.clone() for x in kept]
+    return output, hn, cn, kept
+
+
+lstm = torch.library.custom_op("lstm_triton::lstm", _apart, mutates_args=())
 
 
 @lstm.register_fake
@@ -284,7 +315,25 @@ def backward(
     dy = _flat(doutput)
     wanted = input_wanted, weights_wanted
     with gemms_as_rnn(stack.input):
-        if num_layers == 1:
+        front = None
+        if not chunk and num_layers > 1:
+            inputs = [stack.input, *(stack.drop(y, k) for k, y in enumerate(outputs[:-1]))]
+            front = stack.wavefront(inputs)
+        if front is not None:
+            found = front.backward(dy, gates, cells, dhn.to(stack.kept), dcn.to(stack.kept))
+            dh, dc, dweights = found.dhx, found.dcx, []
+            for k, layer in enumerate(front.layers):
+                own = slice(k, k + 1)
+                h_prev = front.multiplied(k, outputs[k]) if weights_wanted else None
+                part = Gradients(dh[own], dc[own], found.dgates[own], None, h_prev)
+                saved = Saved(gates[k], cells[k])
+                dx, each = _products(
+                    stack, layer, front.window, saved, part, input_wanted and k == 0, weights_wanted
+                )  # fmt: skip
+                dweights += each
+                if dx:
+                    dinput = dx[0]
+        elif num_layers == 1:
             dinput, dh, dc, dweights = _layer_gradients(
                 stack, 0, stack.input, outputs[0], dy, dhn, dcn, gates[0], cells[0], chunk, *wanted
             )

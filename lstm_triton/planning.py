@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -65,15 +65,24 @@ class Plan:
 
 def forced() -> str | None:
     """The strategy that `force` asks for."""
-    return _forced
+    return "cooperative" if _forced == "wavefront" else _forced
+
+
+def wavefront(plan: Plan, layers: int) -> Plan | None:
+    """The plan for several layers in one launch, from that for one of them; None where they run one by one."""
+    return replace(plan, layers=layers) if _forced == "wavefront" else None
 
 
 @contextmanager
 def force(strategy: str) -> Iterator[None]:
-    """Within this context every layer on backend "triton" runs by `strategy`, one of `STRATEGIES`."""
+    """Within this context every layer on backend "triton" runs by `strategy`.
+
+    Args:
+        strategy: one of `STRATEGIES`, or "wavefront", by which layers that can share a "cooperative" launch do so.
+    """
     global _forced
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy should be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if strategy not in (*STRATEGIES, "wavefront"):
+        raise ValueError(f"strategy should be one of {', '.join((*STRATEGIES, 'wavefront'))}, got {strategy!r}")
     previous, _forced = _forced, strategy
     try:
         yield
@@ -106,7 +115,7 @@ def choose(
     # Beside the weights the compiled backward holds up to five operand tiles of the batch.
     shared = weights + 5 * block_b * max(block_h, block_k) * dtype.itemsize
     fits = weights <= PERSISTENT_BYTES and shared <= shared_bytes
-    if _forced == "cooperative":
+    if forced() == "cooperative":
         return Plan("cooperative", min(block_b, 16), max(PER_CALL, block_h // COOPERATING), min(block_k, 64), 4)
     if (_forced or ("persistent" if fits else "step")) == "persistent":
         return Plan("persistent", block_b, block_h, block_k, num_warps=4 if weights <= 32 * 1024 else 8)

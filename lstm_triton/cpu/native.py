@@ -18,8 +18,8 @@ _POINTERS = {
     torch.int64: "*i64",
 }  # fmt: skip
 _SLOTS = {"i32": "i4x", "i64": "q", "fp32": "f4x", "*": "P"}  # `struct` formats, each of 8 bytes
-# What a launch takes beside the kernel's own parameters; the first two are for GPUs.
-_OPTIONS = ("num_warps", "num_stages", "launch_cooperative_grid")
+# What a launch takes beside the kernel's own parameters; the first three are for GPUs.
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_cooperative_grid")
 
 
 # Triton's frontend and its cache keys parse Python, whose parser fails now and then in two threads at once (3.11).
@@ -69,7 +69,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | float, **co
         args: its parameters that are no constants, in order; tensors on the CPU. Integers are 32 bits wide
             where they fit, else 64.
         constants: its `tl.constexpr` parameters, and options of the launch: `launch_cooperative_grid` where programs
-            wait for each other, so that each has a thread; `num_warps` and `num_stages` say nothing here.
+            wait for each other, so that each has a thread; the others say nothing here.
 
     Raises:
         Unsupported: the kernel has an operation that the target lacks.
