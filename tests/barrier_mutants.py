@@ -1,0 +1,76 @@
+"""Ways to get `lstm_triton.kernels.barrier` wrong, each of which leaves accesses that nothing orders."""
+
+import pytest
+import triton
+import triton.language as tl
+
+from lstm_triton.kernels import barrier
+
+right_arrive, right_wait = barrier.arrive, barrier.wait
+_SPACING = tl.constexpr(barrier.SPACING)
+
+
+@triton.jit
+def relaxed_arrive(counter_ptr, leads, programs):
+    tl.debug_barrier()
+    adds = tl.where(leads, 2147483647 - (programs - 2), 1)
+    return tl.atomic_add(counter_ptr, adds, sem="relaxed")
+
+
+@triton.jit
+def relaxed_wait(counter_ptr, arrived, rounds):
+    while (rounds > 0) & ((tl.atomic_add(counter_ptr, 0, sem="relaxed") ^ arrived) >= 0):
+        rounds -= 1
+    tl.debug_barrier()
+    return rounds
+
+
+@triton.jit
+def unfenced_arrive(counter_ptr, leads, programs):
+    adds = tl.where(leads, 2147483647 - (programs - 2), 1)
+    return tl.atomic_add(counter_ptr, adds, sem="release")
+
+
+@triton.jit
+def no_wait(counter_ptr, arrived, rounds):
+    return rounds
+
+
+@triton.jit
+def arrive_of_one_less(counter_ptr, leads, programs):
+    return right_arrive(counter_ptr, leads, programs - 1)
+
+
+@triton.jit
+def wait_for_others_group(counter_ptr, arrived, rounds):
+    other = tl.where(tl.program_id(1) == 0, _SPACING, -_SPACING)
+    return right_wait(counter_ptr + other, arrived, rounds)
+
+
+@triton.jit
+def arrive_with_all_groups(counter_ptr, leads, programs):
+    return right_arrive(counter_ptr - tl.program_id(1) * _SPACING, leads, programs)
+
+
+@triton.jit
+def wait_with_all_groups(counter_ptr, arrived, rounds):
+    return right_wait(counter_ptr - tl.program_id(1) * _SPACING, arrived, rounds)
+
+
+# What each has in the place of `arrive` and of `wait`. The last two: for groups along `tl.program_id(1)`, two or more.
+MUTANTS = {
+    "relaxed arrival": (relaxed_arrive, right_wait),
+    "relaxed wait": (right_arrive, relaxed_wait),
+    "arrival before other warps' stores": (unfenced_arrive, right_wait),
+    "no wait": (right_arrive, no_wait),
+    "one arrival short": (arrive_of_one_less, right_wait),
+    "another group's counter": (right_arrive, wait_for_others_group),
+    "a counter for all groups": (arrive_with_all_groups, wait_with_all_groups),
+}
+
+
+def put_in(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that call `barrier.arrive` and `barrier.wait` call the mutant's."""
+    arrive, wait = MUTANTS[name]
+    monkeypatch.setattr(barrier, "arrive", arrive)
+    monkeypatch.setattr(barrier, "wait", wait)
