@@ -56,9 +56,9 @@ def forward_kernel(
     rounds, launch, between_threshold, between_scale, between_stream,
     D: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SLICES: tl.constexpr,
-    K1: tl.constexpr, K2: tl.constexpr, J1: tl.constexpr, J2: tl.constexpr, MATVEC: tl.constexpr,
+    K1: tl.constexpr, K2: tl.constexpr, J1: tl.constexpr, J2: tl.constexpr,
     RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
-    PRECISION: tl.constexpr, BETWEEN: tl.constexpr, SAVE: tl.constexpr, CELL: tl.constexpr,
+    PRECISION: tl.constexpr, BETWEEN: tl.constexpr, MATVEC: tl.constexpr, SAVE: tl.constexpr, CELL: tl.constexpr,
 ):  # fmt: skip
     z = tl.program_id(2)
     d = z if LAYERS == 1 else 0
@@ -115,6 +115,7 @@ def forward_kernel(
     a_mask = live[:, None] & (column_live & (layer == 0))[None, :]
     a = tl.load(g_at, mask=a_mask, other=0.0).to(c.dtype)
     rounds = barrier.wait(counter_ptr, arrived, rounds)
+    c = tl.where(rounds > 0, c, float("nan"))
     for s in tl.range(begin, end + LAYERS - 1, num_stages=1):
         now, then = (s % 2) * slot, (1 - s % 2) * slot
         acc = sliced.zeros(BLOCK_B, 4 * BLOCK_H, SLICES, c.dtype)
@@ -183,7 +184,7 @@ def forward_kernel(
         a = tl.load(g_at, mask=a_mask, other=0.0).to(c.dtype)
         rounds = barrier.wait(counter_ptr, arrived, tl.where(rounds > 0, limit, 0))
         c = tl.where(rounds > 0, c, float("nan"))
-    tl.store(hn_ptr + state_at, h, mask=state_mask)
+    tl.store(hn_ptr + state_at, tl.where(rounds > 0, h, float("nan")), mask=state_mask)
     tl.store(cn_ptr + state_at, c, mask=state_mask)
     if rounds == 0:
         tl.atomic_xchg(failed_ptr, launch, sem="relaxed", scope="sys")
@@ -210,7 +211,7 @@ def run(
                 gates, output, c, hx, cx, hn, cn, h, below, front.w_hh, front.w_ih, front.bias,
                 launch.offsets, launch.mask, front.seed, *meeting.tensors, *launch.numbers(window), *meeting.numbers,
                 *front.between,
-            ], launch.constants, BETWEEN=front.drops, SAVE=save, CELL=lstm_forward,
+            ], launch.constants, BETWEEN=front.drops, MATVEC=launch.plan.matvec, SAVE=save, CELL=lstm_forward,
         )  # fmt: skip
     return Pass(hn, cn, gates, c)
 

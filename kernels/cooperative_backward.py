@@ -69,7 +69,7 @@ def backward_kernel(
     rounds, launch, between_threshold, between_scale, between_stream,
     D: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SLICES: tl.constexpr,
-    K1: tl.constexpr, K2: tl.constexpr, J1: tl.constexpr, J2: tl.constexpr, MATVEC: tl.constexpr,
+    K1: tl.constexpr, K2: tl.constexpr, J1: tl.constexpr, J2: tl.constexpr,
     RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
     PRECISION: tl.constexpr, BETWEEN: tl.constexpr, CELL: tl.constexpr,
 ):  # fmt: skip
@@ -124,10 +124,10 @@ def backward_kernel(
         acc = sliced.zeros(BLOCK_B, BLOCK_H, SLICES, kept)
         left_at = (plane + at_done) * 4 * H
         left = sliced.load_left(dgates_ptr, left_at, js, was_live, 4 * H, SLICES)
-        acc = sliced.add(left, w, acc, PRECISION, MATVEC)
+        acc = sliced.add(left, w, acc, PRECISION, False)
         if J2 > 0:
             left = sliced.load_left(dgates_ptr, left_at, js2, was_live, 4 * H, SLICES)
-            acc = sliced.add(left, w2, acc, PRECISION, MATVEC)
+            acc = sliced.add(left, w2, acc, PRECISION, False)
         dh_prev = as_multiplied(
             sliced.total(acc, SLICES), mask_ptr, z, t - toward, T, mask_steps, B, rows, own, units, in_batch,
             threshold, scale, stream, H, DROPOUT, PER_STEP, BLOCK_B, BLOCK_H, kept,
@@ -139,10 +139,10 @@ def backward_kernel(
             left_at = (plane + n + at) * 4 * H
             has_above = live & (layer < LAYERS - 1)
             left = sliced.load_left(dgates_ptr, left_at, js, has_above, 4 * H, SLICES)
-            acc = sliced.add(left, u, acc, PRECISION, MATVEC)
+            acc = sliced.add(left, u, acc, PRECISION, False)
             if J2 > 0:
                 left = sliced.load_left(dgates_ptr, left_at, js2, has_above, 4 * H, SLICES)
-                acc = sliced.add(left, u2, acc, PRECISION, MATVEC)
+                acc = sliced.add(left, u2, acc, PRECISION, False)
             dx = sliced.total(acc, SLICES)
             if BETWEEN:
                 dx *= drawn_mask(
@@ -166,7 +166,7 @@ def backward_kernel(
         )  # fmt: skip
         rounds = barrier.wait(counter_ptr, arrived, tl.where(rounds > 0, limit, 0))
         dc = tl.where(rounds > 0, dc, float("nan"))
-    tl.store(dhx_ptr + state_at, dh, mask=state_mask)
+    tl.store(dhx_ptr + state_at, tl.where(rounds > 0, dh, float("nan")), mask=state_mask)
     tl.store(dcx_ptr + state_at, dc, mask=state_mask)
     if rounds == 0:
         tl.atomic_xchg(failed_ptr, launch, sem="relaxed", scope="sys")

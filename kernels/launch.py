@@ -202,7 +202,7 @@ def _constants(
             del constants[name]
         (k1, k2), (j1, j2) = blocks_of(H, plan.slices), blocks_of(4 * H, plan.slices)
         constants |= {
-            "LAYERS": plan.layers, "SLICES": plan.slices, "MATVEC": plan.matvec, "K1": k1, "K2": k2, "J1": j1, "J2": j2,
+            "LAYERS": plan.layers, "SLICES": plan.slices, "K1": k1, "K2": k2, "J1": j1, "J2": j2,
             "launch_cooperative_grid": True,
         }  # fmt: skip
         if torch.version.hip is None:  # or ptxas spills some at half the registers that there are

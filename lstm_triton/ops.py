@@ -77,7 +77,9 @@ class _Stack:
         p: float,
         per_step: bool,
         backend: str,
+        records: bool = True,
     ) -> None:
+        self.records = records
         self.input, self.hx, self.cx, self.weights = _flat(input), hx, cx, weights
         self.layers, self.bias, self.backend = num_layers, bias, backend
         self.dropout, self.mask, self.seed, self.p, self.per_step = dropout, mask, seed, p, per_step
@@ -102,7 +104,7 @@ class _Stack:
         seed = self.seed if self.p > 0 else None
         drops = RecurrentDropout(mask, seed, self.p, self.per_step, rows.start)
         directions = by_direction(self.weights[self.weights_of(k)], self.bias, hx.size(2) != cx.size(2))
-        return Layer(input, hx, cx, directions, self.layout, drops)
+        return Layer(input, hx, cx, directions, self.layout, drops, self.records)
 
     def length(self, engine: Any, keep: bool) -> int:
         """Steps of a window where nothing is rebuilt; 0: all.
@@ -195,7 +197,7 @@ def forward(
         window but the first, (windows - 1, D, B, H).
     """
     stack = _Stack(
-        input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend
+        input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend, save
     )  # fmt: skip
     recompute, same = save and chunk > 0, stack.kept == stack.dtype
     x = stack.input

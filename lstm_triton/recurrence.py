@@ -244,6 +244,7 @@ class Layer(NamedTuple):
     directions: list[Direction]
     layout: Layout
     dropout: RecurrentDropout
+    records: bool = True  # whether a backward may follow
 
     def columns(self, d: int) -> slice:
         """Direction d's among the D * K of the output."""

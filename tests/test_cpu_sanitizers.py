@@ -279,7 +279,7 @@ class Sanitized:
         self.launches += 1
         at = self.folder / f"launch{self.launches}"
         pieces = _pieces([a for a in args if isinstance(a, Tensor)])
-        threaded = self.sanitizer == THREAD
+        threaded = self.sanitizer == THREAD or constants.get("launch_cooperative_grid", False)
         with at.open("wb") as file:
             file.write(struct.pack("7i", *(*grid, 1, 1)[:3], threaded, self.repeats, len(pieces), len(args)))
             for piece in pieces:
@@ -440,7 +440,7 @@ class Layer:
         def start(kernel: Any, grid: Any, args: list[Any], shared: dict[str, Any], **own: Any) -> None:
             launcher.launch(kernel, grid, *args, **shared, **own)
 
-        for module in (*kernels.STRATEGIES.values(), kernels.rebuild):
+        for module in (*kernels.STRATEGIES.values(), kernels.cooperative_backward, kernels.rebuild):
             monkeypatch.setattr(module, "start", start)
         choose = launching.of
 
@@ -480,7 +480,7 @@ def _ways(layers: list[Layer]) -> list[Any]:
     return [
         pytest.param(layer, way, id=f"{_name(layer)} {way}")
         for layer in layers
-        for way in WAYS
+        for way in (*WAYS, "cooperative")
         if way != "fused" or layer is LAYERS[0]
     ]
 
