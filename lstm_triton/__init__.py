@@ -2,7 +2,8 @@
 
 from lstm_triton import functional
 from lstm_triton.module import TritonLSTM
+from lstm_triton.report import plan
 from lstm_triton.swap import convert, revert
 
-__all__ = ["TritonLSTM", "convert", "functional", "revert"]
+__all__ = ["TritonLSTM", "convert", "functional", "plan", "revert"]
 __version__ = "0.1.0"

@@ -1,0 +1,196 @@
+"""Which plans fit a GPU for a layer, and which of them is predicted to be the fastest.
+
+A plan fits if a program's tiles fit its shared memory and its threads' registers and, where programs wait for each
+other, if the GPU holds all of them at a time. What is compiled uses what is computed here: `tests/test_plan.py` and
+the audit of the machine code compare them.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+
+from lstm_triton.gpus import KIB, Gpu
+from lstm_triton.model import Work, predict
+from lstm_triton.planning import STRATEGIES, Plan, tile
+
+# Bytes of recurrent weights that `persistent` may keep: an SM of sm_80 and newer has 256 KiB of registers, and there
+# the compiler puts those of fp16 and bf16; the rest is for states and gates.
+PERSISTENT_BYTES = 128 * KIB
+
+# The tiles of `cooperative`: slices, warps, and pairs of rows and units. What is not here spills registers in the loop
+# of one of the passes, as compiled for sm_80 to sm_120 by Triton 3.7: with 64 rows all do, with 32 rows of 16 units
+# forward does. Eight units are the fewest that tensor cores multiply at once.
+COOPERATIVE = {
+    # As few warps as there are slices: what they add up is the least, and two programs share a multiprocessor.
+    (4, 4): ((16, 8), (16, 16)),
+    # More rows or units to a thread's registers.
+    (4, 8): ((16, 8), (16, 16), (32, 8)),
+    # Half the chain of instructions that wait for each other.
+    (8, 8): ((16, 8), (16, 16), (32, 8)),
+    # A quarter of it, for the long sums of backward; a thread has half the registers.
+    (16, 16): ((16, 8),),
+}
+# float32 operands take twice the registers.
+COOPERATIVE_WIDE = {(4, 4): ((16, 8),), (4, 8): ((16, 8),), (8, 8): ((16, 8),), (16, 16): ((16, 8),)}
+
+# Without tensor cores: rows, of which each is a product of its own, and bytes of weights in registers.
+MATVEC_ROWS, MATVEC_BYTES = 8, 96 * KIB
+
+
+def blocks_of(size: int, slices: int) -> tuple[int, int]:
+    """Two powers of two, or one and 0, that cover an inner dimension and can be cut into slices."""
+    least = 16 * slices
+    first = max(least, 1 << (size.bit_length() - 1))
+    if first >= size:
+        return first, 0
+    second = max(least, 1 << (size - first - 1).bit_length())
+    return (first, second) if second < first else (2 * first, 0)
+
+
+def programs(plan: Plan, work: Work) -> tuple[int, int, int]:
+    """The grid: tiles of units, of the batch, and directions or a wavefront's layers."""
+    units = 1 if plan.strategy == "persistent" else -(-work.hidden // plan.block_h)
+    return units, -(-work.batch // plan.block_b), work.directions * plan.layers
+
+
+def shared_bytes(plan: Plan, work: Work, backward: bool = False) -> int:
+    """Shared memory of a program, at most."""
+    item, rows, units = work.dtype.itemsize, plan.block_b, plan.block_h
+    if plan.strategy == "step":
+        return plan.num_stages * (rows + 4 * units) * plan.block_k * item
+    if plan.strategy == "persistent":
+        folded = units * plan.block_k if work.size != work.hidden else 0
+        # Beside the weights the compiled backward holds up to five operand tiles of the batch.
+        return item * (4 * units * plan.block_k + folded + 5 * rows * max(units, plan.block_k))
+    if plan.matvec:
+        return 4 * (rows + 2) * plan.block_k + 4 * 4 * units * plan.num_warps
+    inner, columns = (4 * work.hidden, units) if backward else (work.hidden, 4 * units)
+    first, second = blocks_of(inner, plan.slices)
+    sources = 1 if plan.layers == 1 else 2
+    sums = 4 * plan.slices * rows * columns if plan.slices > 1 else 0
+    return item * columns * (first + second) * sources + max(item * rows * first, sums)
+
+
+def weight_bytes(plan: Plan, work: Work) -> int:
+    """Of the recurrent weights that a program keeps on its multiprocessor, padding among them."""
+    if plan.strategy == "step":
+        return 0
+    return work.dtype.itemsize * 4 * plan.block_h * plan.block_k * (1 if plan.layers == 1 else 2)
+
+
+def held(gpu: Gpu, plan: Plan, work: Work) -> int:
+    """How many of a plan's programs a GPU holds at a time, whatever registers their threads turn out to have."""
+    passes = (False, True) if work.training else (False,)
+    shared = max(shared_bytes(plan, work, backward) for backward in passes)
+    if shared > gpu.limits.shared_per_program:
+        return 0
+    threads = plan.num_warps * gpu.limits.warp
+    return gpu.sms * gpu.programs_per_sm(shared, plan.num_warps, min(255, gpu.limits.registers // threads))
+
+
+def misfit(gpu: Gpu, plan: Plan, work: Work) -> str:
+    """Why a plan's programs have no room on a GPU, all at a time where they wait for each other; "" where they have."""
+    room = held(gpu, plan, work)
+    if room == 0:
+        shared = max(shared_bytes(plan, work), shared_bytes(plan, work, work.training)) / KIB
+        limit = gpu.limits.shared_per_program / KIB
+        return f"{shared:,.0f} KiB of shared memory wanted for a program, {limit:.0f} there"
+    if plan.strategy == "persistent" and weight_bytes(plan, work) > PERSISTENT_BYTES:
+        return f"{weight_bytes(plan, work) / KIB:,.0f} KiB of weights, a program keeps {PERSISTENT_BYTES // KIB}"
+    if plan.strategy == "cooperative":
+        count = _count(plan, work)
+        if count > room:
+            return f"{count:,} programs should run at a time, {room} have room"
+    return ""
+
+
+def candidates(gpu: Gpu, work: Work, layers: int = 1, strategy: str | None = None) -> list[Plan]:
+    """The plans that fit, those of one strategy where it is given.
+
+    Args:
+        gpu: where.
+        work: what.
+        layers: more than one: that run as a wavefront, in a "cooperative" launch.
+        strategy: one of `planning.STRATEGIES`, for any operands that it takes; else those that pay.
+    """
+    found = []
+    for name in STRATEGIES if strategy is None else (strategy,):
+        ways = {"persistent": _persistent, "cooperative": _cooperative, "step": _step}[name]
+        for plan in ways(work, layers, strategy is not None):
+            if plan.layers == layers and not misfit(gpu, plan, work):
+                found.append(plan)
+    return found
+
+
+def why_not(gpu: Gpu, work: Work, layers: int, strategy: str) -> str:
+    """Why no plan of a strategy fits, in words: of the one that is nearest to it; arguments as of `candidates`."""
+    if layers > 1 and strategy != "cooperative":
+        return "several layers share a launch by the strategy 'cooperative' alone"
+    ways = {"persistent": _persistent, "cooperative": _cooperative, "step": _step}[strategy]
+    plans = list(ways(work, layers, False))
+    if not plans:
+        return "float32 and float64 products without TF32 take no tensor cores"
+    return misfit(gpu, max(plans, key=lambda plan: held(gpu, plan, work) / _count(plan, work)), work)
+
+
+def _count(plan: Plan, work: Work) -> int:
+    units, tiles, planes = programs(plan, work)
+    return units * tiles * planes
+
+
+def _persistent(work: Work, layers: int, forced: bool) -> Iterator[Plan]:
+    plan = Plan("persistent", 16, tile(work.hidden), tile(work.size), 4)
+    # tl.dot takes 16 rows or more; more programs with few rows each hide latency better.
+    yield plan if weight_bytes(plan, work) <= 32 * KIB else Plan("persistent", 16, plan.block_h, plan.block_k, 8)
+
+
+def _cooperative(work: Work, layers: int, forced: bool) -> Iterator[Plan]:
+    hidden, wide = work.hidden, work.dtype.itemsize > 2
+    if work.tensor_cores or forced:
+        for (slices, warps), tiles in (COOPERATIVE_WIDE if wide else COOPERATIVE).items():
+            inner = sum(blocks_of(hidden, slices))
+            if slices > 4 and inner > sum(blocks_of(hidden, 4)):
+                continue  # slices of padding
+            for rows, units in tiles:
+                if rows <= tile(work.batch) and units < 2 * hidden:
+                    yield Plan("cooperative", rows, units, inner, warps, slices=slices, layers=layers)
+    if work.batch <= MATVEC_ROWS and not work.training and work.dtype != torch.float64:
+        rows, inner = 1 << (work.batch - 1).bit_length(), sum(blocks_of(hidden, 1))
+        for units in (4, 8, 16):
+            if 4 * 4 * units * inner <= MATVEC_BYTES:
+                yield Plan("cooperative", rows, units, inner, 8, matvec=True, layers=layers)
+
+
+def _step(work: Work, layers: int, forced: bool) -> Iterator[Plan]:
+    inner = 64 if work.dtype.itemsize < 8 else 32
+    yield Plan("step", 16, min(tile(work.hidden), 32), min(tile(work.size), inner), 4, num_stages=2)
+
+
+@lru_cache(maxsize=1024)
+def choose(gpu: Gpu, work: Work, layers: int = 1, strategy: str | None = None) -> Plan:
+    """The plan of `candidates` with the least predicted time of a step: forward and, in training, backward.
+
+    Raises:
+        ValueError: no plan of the strategy fits.
+    """
+    found = candidates(gpu, work, layers, strategy)
+    if not found:
+        raise ValueError(f"no plan with strategy {strategy!r} and {layers} layers a launch fits {gpu.name} for {work}")
+    return min(found, key=lambda plan: step_time(gpu, plan, work))
+
+
+def wavefront(gpu: Gpu, work: Work, layers: int) -> Plan | None:
+    """The plan for several layers of one direction in one launch; None where they are slower so, or don't fit."""
+    if work.directions > 1 or work.size != work.hidden:
+        return None
+    found = candidates(gpu, work, layers, "cooperative") if work.tensor_cores else []
+    best = min(found, key=lambda plan: step_time(gpu, plan, work), default=None)
+    one_by_one = layers * step_time(gpu, choose(gpu, work), work)
+    return best if best is not None and step_time(gpu, best, work) < one_by_one else None
+
+
+def step_time(gpu: Gpu, plan: Plan, work: Work) -> float:
+    """µs, predicted: of forward and, in training, backward."""
+    passes = (False, True) if work.training else (False,)
+    return sum(predict(gpu, plan, work, backward).total for backward in passes)
