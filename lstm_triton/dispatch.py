@@ -6,13 +6,14 @@
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import _VF, Tensor
 
-from lstm_triton import planning, reference
+from lstm_triton import on_gpu, planning, reference
 from lstm_triton.cpu import build, runtime
 
 if TYPE_CHECKING:
@@ -26,61 +27,56 @@ BACKENDS = ("auto", "triton", "eager", "torch")
 PACKED_ROWS = 256
 
 
-def auto(
-    input: Tensor,
-    hx: tuple[Tensor, Tensor],
-    packed: bool,
-    drops: bool,
-    records: bool,
-    recompute: bool,
-    directions: int,
-    deep: bool,
-) -> str:
-    """The backend that "auto" stands for.
+class Call(NamedTuple):
+    """What `lstm_triton.functional.run` is asked for; arguments as there."""
 
-    Args:
-        input: that of the call.
-        hx: its states h (·, B, K) and c (·, B, H).
-        packed: whether it is a packed batch.
-        drops: whether recurrent dropout is active.
-        records: whether a backward may follow.
-        recompute: whether it would rebuild the gates.
-        directions: D.
-        deep: whether there are several layers.
+    input: Tensor
+    batch_sizes: Tensor | None
+    hx: tuple[Tensor, Tensor]
+    weights: list[Tensor]
+    options: "Options"
+    drops: bool  # whether recurrent dropout is active
+    save: bool  # whether a backward may follow
+
+
+def auto(call: Call, run: Callable[..., Any]) -> str:
+    """The backend that "auto" stands for; `run` is `lstm_triton.functional.run`.
+
+    On a GPU the first call of its kind is timed (`lstm_triton.tuning`), after the kernels that may run it are found
+    right there (`lstm_triton.qualification`).
     """
-    return why_auto(input, hx, packed, drops, records, recompute, directions, deep)[0]
+    return _choice(call, run)[0]
 
 
-def why_auto(
-    input: Tensor,
-    hx: tuple[Tensor, Tensor],
-    packed: bool,
-    drops: bool,
-    records: bool,
-    recompute: bool,
-    directions: int,
-    deep: bool,
-) -> tuple[str, str]:
-    """What `auto` returns and, in words, why: PyTorch's operator wherever it does the job and nothing is faster."""
+def why_auto(call: Call) -> tuple[str, str]:
+    """What `auto` would return and, in words, why. Times nothing, runs nothing."""
+    return _choice(call, None)
+
+
+def _choice(call: Call, run: Callable[..., Any] | None) -> tuple[str, str]:
+    """PyTorch's operator wherever it does the job and nothing is faster; without `run` nothing is tried."""
+    input, packed, drops, options = call.input, call.batch_sizes is not None, call.drops, call.options
     compiling = torch.compiler.is_compiling()
     why = "PyTorch's operator has no recurrent dropout" if drops else "torch.compile would unroll PyTorch's operator"
     if input.is_cuda:
-        if drops or compiling:
+        if compiling:
             return ("triton" if has_triton() else "eager"), why
-        return "torch", "no kernel here is known to be faster on this GPU"
+        if not has_triton():
+            return ("eager", why) if drops else ("torch", "Triton is not installed")
+        return on_gpu.choose(call, run)
     on_cpu = input.device.type == "cpu"
     if on_cpu and not compiling and has_native():
-        (_, batch, size), hidden = hx[0].shape, hx[1].size(2)
-        features = max(input.size(-1), directions * size) if deep else input.size(-1)
+        (_, batch, size), hidden, directions = call.hx[0].shape, call.hx[1].size(2), 1 + options.bidirectional
+        features = max(input.size(-1), directions * size) if options.num_layers > 1 else input.size(-1)
         fast = input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         sizes = batch, features, hidden, size, directions, torch.get_num_threads()
         if drops:
             return "triton", why
-        if fast and planning.pays_on_cpu(*sizes, packed, records, recompute):
+        if fast and planning.pays_on_cpu(*sizes, packed, call.save, bool(options.recompute)):
             return "triton", "native kernels are faster than PyTorch's operator at this size"
     if drops or compiling:
         return "eager", why
-    if packed and records and on_cpu and input.size(0) >= PACKED_ROWS:
+    if packed and call.save and on_cpu and input.size(0) >= PACKED_ROWS:
         return "eager", "PyTorch's operator keeps autograd nodes for each step of a packed batch"
     return "torch", "PyTorch's operator is the fastest at this size"
 

@@ -1,7 +1,7 @@
 """The functional form: `lstm` takes what `torch.lstm` takes, and what it lacks."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,13 +100,13 @@ def run(
         if input.size(1 if options.batch_first else 0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         return dispatch.torch_lstm(input, batch_sizes, hx, weights, options)  # no rows: nothing to run or drop
+    save = torch.is_grad_enabled() and any([x.requires_grad for x in (input, *hx, *weights)])
     if backend == "auto":
-        backend = dispatch.auto(*_call(input, batch_sizes, hx, weights, options, drops))
+        backend = dispatch.auto(dispatch.Call(input, batch_sizes, hx, weights, options, drops, save), run)
     if backend == "torch" and drops:
         raise ValueError("backend='torch' has no recurrent dropout; use 'auto', 'eager' or 'triton'")
     if backend == "torch" and not options.recompute:
         return dispatch.torch_lstm(input, batch_sizes, hx, weights, options)
-    save = torch.is_grad_enabled() and any([x.requires_grad for x in (input, *hx, *weights)])
     if backend == "torch" and not save:
         return dispatch.torch_lstm(input, batch_sizes, hx, weights, options)
     check_devices(input, hx, weights)
@@ -124,20 +124,6 @@ def run(
     if device == "cpu" and (projected or batch_sizes is not None):  # where it is not oneDNN's, c keeps its dtype
         return (y, h, c.to(states)) if projected else (y.to(states), h.to(states), c.to(states))
     return y, h, c
-
-
-def _call(
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    hx: tuple[Tensor, Tensor],
-    weights: list[Tensor],
-    options: Options,
-    drops: bool,
-) -> tuple[Any, ...]:
-    """The arguments of `dispatch.auto`."""
-    records = torch.is_grad_enabled() and (weights[0].requires_grad or input.requires_grad)
-    recompute, directions, deep = bool(options.recompute), 1 + options.bidirectional, options.num_layers > 1
-    return input, hx, batch_sizes is not None, drops, records, recompute, directions, deep
 
 
 def _stack(
@@ -213,7 +199,7 @@ def explain(
     ]
     backend, why = options.backend, "asked for"
     if backend == "auto":
-        backend, why = dispatch.why_auto(*_call(input, batch_sizes, hx, weights, options, drops))
+        backend, why = dispatch.why_auto(dispatch.Call(input, batch_sizes, hx, weights, options, drops, save))
     lines.append(f"backend: {backend} ({why})")
     recompute = save and bool(options.recompute)
     chunk = chunk_length(options, layout.steps, input, *hx) if recompute else 0

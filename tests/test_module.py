@@ -235,8 +235,10 @@ def test_auto_choices_on_a_cpu(native: bool, monkeypatch: pytest.MonkeyPatch) ->
         *shape: int, batch: int = 32, hidden: int = 16, dtype=torch.float32, drops=False, records=True, recompute=False
     ) -> str:
         states = (torch.zeros(1, batch, hidden),) * 2
-        packed = len(shape) == 2
-        return dispatch.auto(torch.zeros(shape, dtype=dtype), states, packed, drops, records, recompute, 1, False)
+        sizes = torch.ones(1, dtype=torch.int64) if len(shape) == 2 else None
+        options = functional.Options(1, True, 0.0, True, False, False, 0.0, "step", "auto", recompute)
+        call = dispatch.Call(torch.zeros(shape, dtype=dtype), sizes, states, [], options, drops, records)
+        return dispatch.auto(call, functional.run)
 
     ours = "triton" if native else "eager"
     assert choice(20, 32, 16) == ("triton" if native else "torch")  # few weights, no padding

@@ -1,0 +1,174 @@
+"""What `backend="auto"` is on a GPU: the fastest of PyTorch's operator and the kernels that are right there.
+
+Measured for the first of all calls alike (`lstm_triton.tuning`), with kernels that small layers have shown to be right
+on that GPU (`lstm_triton.qualification`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from lstm_triton import planning, qualification, tuning
+from lstm_triton.planning import Plan
+from lstm_triton.tolerances import DTYPES, precision
+from lstm_triton.tuning import EAGER, TORCH, Bucket, Candidate, Result, name_of
+
+if TYPE_CHECKING:
+    from lstm_triton.dispatch import Call
+
+Run = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def choose(call: "Call", run: Run | None) -> tuple[str, str]:
+    """The backend for a call and, in words, why.
+
+    Args:
+        call: on a GPU with Triton.
+        run: `lstm_triton.functional.run`, to try what isn't known yet; None: it is said what would be tried.
+    """
+    device, dtype = call.input.device, call.input.dtype
+    if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    if dtype not in DTYPES.values():
+        return "torch", f"there are no kernels here for {dtype}"
+    bucket = bucket_of(call, precision(dtype, device))
+    result = tuning.known(device, bucket) or _found(call, run, bucket)
+    why = f"PyTorch's operator has no recurrent dropout; {result}" if call.drops else str(result)
+    return "triton" if result.plan is not None else "eager" if result.winner == EAGER else "torch", why
+
+
+def bucket_of(call: "Call", name: str) -> Bucket:
+    """The bucket of a call in precision `name`."""
+    (count, batch, size), hidden, o = call.hx[0].shape, call.hx[1].size(2), call.options
+    packed, layers = call.batch_sizes is not None, o.num_layers
+    steps = call.input.size(1 if o.batch_first else 0) if call.batch_sizes is None else call.batch_sizes.size(0)
+    sizes = hidden, size, call.input.size(-1), count // layers, layers
+    return Bucket(
+        name, *sizes, *Bucket.ends(batch, steps), call.save, packed, call.drops, call.save and bool(o.recompute)
+    )  # fmt: skip
+
+
+def proposals(bucket: Bucket, device: torch.device) -> list[tuple[Plan | None, float | None]]:
+    """The plans to be tried for a bucket's calls, the one that should be the fastest first, with the seconds that are
+    predicted; None among them is PyTorch's operator."""
+    plan = planning.choose(bucket.batch, bucket.hidden, bucket.size, DTYPES[bucket.precision])
+    return [(plan, None)] if bucket.drops else [(plan, None), (None, None)]
+
+
+def _found(call: "Call", run: Run | None, bucket: Bucket) -> Result:
+    """What the process doesn't know yet and, by `run`, knows from then on."""
+    device = call.input.device
+    odd = _untimable(call)
+    if odd:
+        return _unmeasured(bucket, device, f"calls like this one were not measured yet, and {odd}")
+    found = tuning.recall(device, bucket)
+    if found is not None and _is_right(found.plan, bucket, device, run is not None):
+        return found if run is None else tuning.remember(device, bucket, found)
+    if run is None:
+        return _intended(bucket, device)
+    candidates = [
+        Candidate(name_of(plan), plan, _again(call, run, "triton" if plan else "torch"), seconds)
+        for plan, seconds in proposals(bucket, device)
+        if _is_right(plan, bucket, device, True)
+    ]
+    if len(candidates) < 2:
+        name, plan = candidates[0][:2] if candidates else (EAGER, None)
+        return tuning.remember(device, bucket, Result(name, plan, "nothing else is known to be right on this GPU"))
+    if not tuning.enabled():
+        return tuning.remember(device, bucket, tuning.predicted(candidates))
+    with _undisturbed(call):
+        return tuning.tune(device, bucket, candidates, tuning.clock(device))
+
+
+def _unmeasured(bucket: Bucket, device: torch.device, why: str) -> Result:
+    """What runs while nothing can be tried: PyTorch, but with recurrent dropout kernels that are known to be right."""
+    for plan, _ in proposals(bucket, device) if bucket.drops else ():
+        if _is_right(plan, bucket, device, False):
+            return Result(name_of(plan), plan, why)
+    return Result(EAGER if bucket.drops else TORCH, None, why)
+
+
+def _intended(bucket: Bucket, device: torch.device) -> Result:
+    """What would be tried, in words."""
+    names, new = [], []
+    for plan, _ in proposals(bucket, device):
+        state = qualification.PASSED if plan is None else qualification.state(*_way(plan, bucket, device))
+        if state in (None, qualification.PASSED):
+            names.append(name_of(plan))
+        if state is None and plan is not None:
+            new.append(plan.strategy)
+    first = f"check the kernels of {' and '.join(dict.fromkeys(new))}, then " if new else ""
+    then = f"time {' and '.join(names)}" if tuning.enabled() else "go by predicted times (LSTM_TRITON_TUNE=0)"
+    return _unmeasured(bucket, device, f"not measured yet: a call would {first}{then}")
+
+
+def _way(plan: Plan, bucket: Bucket, device: torch.device) -> tuple[str, str, bool, torch.device]:
+    """What `qualification` asks about a plan."""
+    strategy = "wavefront" if plan.layers > 1 else plan.strategy
+    return strategy, bucket.precision, bucket.size != bucket.hidden, device
+
+
+def _is_right(plan: Plan | None, bucket: Bucket, device: torch.device, tries: bool) -> bool:
+    """Whether a plan's kernels are right; where it isn't known, they are tried, or taken not to be."""
+    if plan is None:
+        return True
+    way = _way(plan, bucket, device)
+    return qualification.qualified(*way) if tries else qualification.state(*way) == qualification.PASSED
+
+
+def _untimable(call: "Call") -> str:
+    """Why nothing can be tried in a call, in words; empty if it can."""
+    if call.input.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured"
+    if torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode():
+        return "a transform or a mode of PyTorch takes part in it"
+    if any(type(x) not in (Tensor, Parameter) for x in (call.input, *call.hx, *call.weights)):
+        return "its tensors are of a subclass"
+    return ""
+
+
+def _again(call: "Call", run: Run, backend: str) -> Callable[[], None]:
+    """The call once more by a backend, with gradients that go nowhere and the steps that are timed.
+
+    Without dropout between layers, for which cuDNN would set up its random numbers.
+    """
+    input, batch_sizes, o = call.input, call.batch_sizes, call.options
+    if batch_sizes is not None:
+        batch_sizes = batch_sizes[: tuning.MOST_STEPS]
+        input = input[: int(batch_sizes.sum())]
+    else:
+        axis = 1 if o.batch_first else 0
+        input = input.narrow(axis, 0, min(input.size(axis), tuning.MOST_STEPS))
+    leaves = [x.detach().requires_grad_(x.requires_grad) for x in (input, *call.hx, *call.weights)]
+    wanted = [x for x in leaves if x.requires_grad]
+    # Where a backward may follow cuDNN wants to be told that it trains.
+    p = (o.recurrent_dropout or 0.5) if call.drops else 0.0
+    options = o._replace(backend=backend, dropout=0.0, recurrent_dropout=p, training=call.save or call.drops)
+
+    def once() -> None:
+        x, h, c, *weights = leaves
+        output = run(x, batch_sizes, (h, c), weights, options)[0]
+        if call.save:
+            torch.autograd.grad(output, wanted, output.detach())
+
+    return once
+
+
+@contextmanager
+def _undisturbed(call: "Call") -> Iterator[None]:
+    """Within this context calls leave no trace: in random numbers, in autocast's cache, in hooks of the user's."""
+    device = call.input.device
+    kind, autocast = device.type, torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(kind)
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.set_grad_enabled(call.save),
+        torch.autocast(kind, dtype, autocast, cache_enabled=False),
+        qualification.plain_hooks(),
+    ):
+        yield
