@@ -69,6 +69,7 @@ def forward_kernel(
     # Column 4u + g is gate g of unit u, so that two splits take the gates apart.
     columns = tl.arange(0, 4 * BLOCK_H)
     column_live = own + columns // 4 < H
+    summed_live = column_live  # where there are sums to begin with: in a wavefront in the first layer
     gate_at = (columns % 4) * H + own + columns // 4
     in_batch = rows < B
     ks = sliced.inner(0, K1, SLICES)
@@ -78,8 +79,11 @@ def forward_kernel(
         ks2 = sliced.inner(K1, K2, SLICES)
         w2 = sliced.load_right(w_at, gate_at * H, ks2, 1, column_live, H, SLICES)
     if LAYERS > 1:
+        # Masks by bounds: "&" of a block and a scalar is no mask in some interpreters.
+        summed_live = own + columns // 4 < tl.where(layer == 0, H, 0)
+        below = tl.where(layer > 0, H, 0)
         u_at = w_ih_ptr + (layer - 1) * 4 * H * H
-        u_live = column_live & (layer > 0)
+        u_live = own + columns // 4 < below
         u = sliced.load_right(u_at, gate_at * H, ks, 1, u_live, H, SLICES)
         if K2 > 0:
             u2 = sliced.load_right(u_at, gate_at * H, ks2, 1, u_live, H, SLICES)
@@ -112,8 +116,7 @@ def forward_kernel(
     arrived = barrier.arrive(counter_ptr, leads, programs)
     at, live = rows_of_step(offsets_ptr, t, low, high, B, rows, RAGGED)
     g_at = gates_ptr + ((plane + at) * 4 * H)[:, None] + gate_at[None, :]
-    a_mask = live[:, None] & (column_live & (layer == 0))[None, :]
-    a = tl.load(g_at, mask=a_mask, other=0.0).to(c.dtype)
+    a = tl.load(g_at, mask=live[:, None] & summed_live[None, :], other=0.0).to(c.dtype)
     rounds = barrier.wait(counter_ptr, arrived, rounds)
     c = tl.where(rounds > 0, c, float("nan"))
     for s in tl.range(begin, end + LAYERS - 1, num_stages=1):
@@ -126,11 +129,10 @@ def forward_kernel(
             acc = sliced.add(left, w2, acc, PRECISION, MATVEC)
         if LAYERS > 1:
             x_at = left_at - B * H
-            has_below = live & (layer > 0)
-            left = sliced.load_left(below_ptr + now, x_at, ks, has_below, H, SLICES)
+            left = sliced.load_left(below_ptr + now, x_at, ks, live, below, SLICES)
             acc = sliced.add(left, u, acc, PRECISION, MATVEC)
             if K2 > 0:
-                left = sliced.load_left(below_ptr + now, x_at, ks2, has_below, H, SLICES)
+                left = sliced.load_left(below_ptr + now, x_at, ks2, live, below, SLICES)
                 acc = sliced.add(left, u2, acc, PRECISION, MATVEC)
             a += bias.to(c.dtype)[None, :]
         a += sliced.total(acc, SLICES)
@@ -159,7 +161,8 @@ def forward_kernel(
                 shared = cast(q.to(c.dtype) * between, h.dtype)
             else:
                 shared = q
-            tl.store(below_ptr + then + state_at, shared, mask=cell_mask & (layer < LAYERS - 1))
+            above = tl.where(layer < LAYERS - 1, H, 0)
+            tl.store(below_ptr + then + state_at, shared, mask=live[:, None] & (units < above)[None, :])
         arrived = barrier.arrive(counter_ptr, leads, programs)
         if SAVE:
             gate = gates_ptr.dtype.element_ty
@@ -175,13 +178,12 @@ def forward_kernel(
             if SAVE:
                 y_at += z.to(tl.int64) * n * H
             else:
-                y_mask = cell_mask & (layer == LAYERS - 1)
+                y_mask = live[:, None] & (units < tl.where(layer == LAYERS - 1, H, 0))[None, :]
         tl.store(y_ptr + y_at[:, None] + units[None, :], q, mask=y_mask)
         t = following
         at, live = rows_of_step(offsets_ptr, t, low, high, B, rows, RAGGED)
         g_at = gates_ptr + ((plane + at) * 4 * H)[:, None] + gate_at[None, :]
-        a_mask = live[:, None] & (column_live & (layer == 0))[None, :]
-        a = tl.load(g_at, mask=a_mask, other=0.0).to(c.dtype)
+        a = tl.load(g_at, mask=live[:, None] & summed_live[None, :], other=0.0).to(c.dtype)
         rounds = barrier.wait(counter_ptr, arrived, tl.where(rounds > 0, limit, 0))
         c = tl.where(rounds > 0, c, float("nan"))
     tl.store(hn_ptr + state_at, tl.where(rounds > 0, h, float("nan")), mask=state_mask)

@@ -43,7 +43,9 @@ def of_step(
     before_at = c_ptr + ((plane + at_before) * H)[:, None] + units[None, :]
     c_prev = tl.where(had[:, None], tl.load(before_at, mask=mask & had[:, None], other=0.0), cx)
     dy_at = dy_ptr + (at * D * H + d * H)[:, None] + units[None, :]
-    dy = tl.load(dy_at, mask=mask & (layer == LAYERS - 1), other=0.0).to(kept)
+    if LAYERS > 1:  # in a wavefront the last layer's alone
+        mask = live[:, None] & (units < tl.where(layer == LAYERS - 1, H, 0))[None, :]
+    dy = tl.load(dy_at, mask=mask, other=0.0).to(kept)
     return i, f, g, o, c, c_prev, dy
 
 
@@ -86,7 +88,8 @@ def backward_kernel(
         js2 = sliced.inner(J1, J2, SLICES)
         w2 = sliced.load_right(w_hh_ptr + z * 4 * H * H, units, js2, H, units < H, 4 * H, SLICES)
     if LAYERS > 1:
-        u_live = (units < H) & (layer < LAYERS - 1)
+        above = tl.where(layer < LAYERS - 1, H, 0)
+        u_live = units < above
         u = sliced.load_right(w_ih_ptr + layer * 4 * H * H, units, js, H, u_live, 4 * H, SLICES)
         if J2 > 0:
             u2 = sliced.load_right(w_ih_ptr + layer * 4 * H * H, units, js2, H, u_live, 4 * H, SLICES)
@@ -137,11 +140,10 @@ def backward_kernel(
         if LAYERS > 1:
             acc = sliced.zeros(BLOCK_B, BLOCK_H, SLICES, kept)
             left_at = (plane + n + at) * 4 * H
-            has_above = live & (layer < LAYERS - 1)
-            left = sliced.load_left(dgates_ptr, left_at, js, has_above, 4 * H, SLICES)
+            left = sliced.load_left(dgates_ptr, left_at, js, live, 4 * above, SLICES)
             acc = sliced.add(left, u, acc, PRECISION, False)
             if J2 > 0:
-                left = sliced.load_left(dgates_ptr, left_at, js2, has_above, 4 * H, SLICES)
+                left = sliced.load_left(dgates_ptr, left_at, js2, live, 4 * above, SLICES)
                 acc = sliced.add(left, u2, acc, PRECISION, False)
             dx = sliced.total(acc, SLICES)
             if BETWEEN:
