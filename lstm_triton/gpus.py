@@ -6,6 +6,7 @@ nobody has measured is marked as assumed. `lstm_triton.model` turns them into ti
 
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -167,7 +168,13 @@ def of(device: torch.device | int | None = None) -> Gpu:
     Raises:
         RuntimeError: PyTorch finds no GPU.
     """
-    return like(torch.cuda.get_device_properties(device))
+    index = torch.cuda._utils._get_device_index(device, optional=True)
+    return _of(index)
+
+
+@cache
+def _of(index: int) -> Gpu:
+    return like(torch.cuda.get_device_properties(index))
 
 
 def like(properties: Any) -> Gpu:

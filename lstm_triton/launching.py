@@ -10,9 +10,21 @@ import torch
 from torch import Tensor
 
 from lstm_triton import dropout as masks
-from lstm_triton import planning
+from lstm_triton import gpus, planning, tiling
+from lstm_triton.model import Work
 from lstm_triton.planning import Plan
-from lstm_triton.recurrence import Gradients, Layer, LayerGradients, Pass, RecurrentDropout, Saved, Window
+from lstm_triton.recurrence import (
+    Gradients,
+    Layer,
+    LayerGradients,
+    Pass,
+    RecurrentDropout,
+    Saved,
+    Window,
+    rnn_precision,
+)
+
+STEPS = 1024  # T that plans on a GPU are made for
 
 _NOTHING = nullcontext()
 
@@ -30,17 +42,18 @@ def _device_of(x: Tensor) -> AbstractContextManager[Any]:
 
 def chosen(layer: Layer) -> Plan:
     """The plan for the sizes of a layer's call."""
-    interpreted, shared = _kernels().INTERPRETED, planning.SHARED_BYTES
     input, (_, batch, size), hidden = layer.input, layer.hx.shape, layer.cx.size(2)
+    features, directions = input.size(1), len(layer.directions)
     if input.is_cuda:
-        properties = torch.cuda.get_device_properties(input.device)
-        shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)
-    elif not interpreted:
-        lengths = None if layer.layout.is_dense else tuple(layer.layout.lengths)
-        threads, directions = torch.get_num_threads(), len(layer.directions)
-        sizes = batch, input.size(1), hidden, size, directions
-        return planning.choose_on_cpu(*sizes, threads, planning.forced(), lengths)
-    return planning.choose(batch, hidden, size, input.dtype, shared, interpreted)
+        precision = rnn_precision(input.device) if input.dtype == torch.float32 else "ieee"
+        # One T for all: what varies from call to call must not change the plan.
+        work = Work(batch, hidden, size, features, STEPS, input.dtype, directions, precision)
+        return tiling.choose(gpus.of(input.device), work, strategy=planning.forced())
+    if _kernels().INTERPRETED:
+        return planning.choose(batch, hidden, size, input.dtype, interpreted=True)
+    lengths = None if layer.layout.is_dense else tuple(layer.layout.lengths)
+    sizes = batch, features, hidden, size, directions
+    return planning.choose_on_cpu(*sizes, torch.get_num_threads(), planning.forced(), lengths)
 
 
 def of(layer: Layer) -> Plan:

@@ -159,7 +159,7 @@ def plan(
     if tf32 is not None and not isinstance(tf32, bool):
         raise TypeError(f"tf32 should be True, False or None, got {tf32!r}")
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in DTYPES.values():
+    if chosen is None or chosen not in DTYPES.values():
         raise ValueError(f"dtype should be one of {', '.join(DTYPES)} or such a torch.dtype, got {dtype!r}")
     precision = rnn_precision(torch.device("cuda")) if tf32 is None else "tf32" if tf32 else "ieee"
     work = Work(
@@ -188,30 +188,21 @@ def _gpu(gpu: str | Gpu | None) -> Gpu:
 
 def _planned(gpu: Gpu, work: Work, layers: int) -> Planned:
     inner = replace(work, features=work.directions * work.size)  # the layers above the first
-    ways: list[Alternative] = []
-    for strategy in STRATEGIES:
-        found = tiling.candidates(gpu, work, 1, strategy) if _pays(strategy, work) else []
-        if not found:
-            ways.append(Alternative(strategy, why_not=tiling.why_not(gpu, work, 1, strategy)))
-            continue
-        fastest = min(found, key=lambda plan: tiling.step_time(gpu, plan, work))
-        ways.append(_predicted(strategy, gpu, fastest, work, inner, layers))
-    front = tiling.wavefront(gpu, work, layers) if layers > 1 else None
-    if front is not None:
-        ways.append(_predicted("cooperative, wavefront", gpu, front, work, inner, 1))
-    best = min((way for way in ways if way.plan is not None), key=lambda way: way.total)
-    assert best.plan is not None and best.forward is not None
+    ways = []
+    for best, _ in tiling.proposals(gpu, work, layers):
+        name = f"{best.strategy}, wavefront" if best.layers > 1 else best.strategy
+        ways.append(_predicted(name, gpu, best, work, inner, layers // best.layers))
+    missing = [name for name in STRATEGIES if name not in [way.name for way in ways]]
+    first = min(ways, key=lambda way: way.total)
+    assert first.plan is not None and first.forward is not None
     ways.append(_operator(gpu, work, inner, layers))
+    ways += [Alternative(name, why_not=tiling.why_not(gpu, work, 1, name)) for name in missing]
     ways.sort(key=lambda way: (way.forward is None, way.total))
-    shared = tiling.shared_bytes(best.plan, work), tiling.shared_bytes(best.plan, work, True)
+    shared = tiling.shared_bytes(first.plan, work), tiling.shared_bytes(first.plan, work, True)
     return Planned(
-        gpu, work, layers, best.plan, tiling.programs(best.plan, work), tiling.weight_bytes(best.plan, work),
-        shared, best.forward, best.backward, ways,
+        gpu, work, layers, first.plan, tiling.programs(first.plan, work), tiling.weight_bytes(first.plan, work),
+        shared, first.forward, first.backward, ways,
     )  # fmt: skip
-
-
-def _pays(strategy: str, work: Work) -> bool:
-    return strategy != "cooperative" or work.tensor_cores or not work.training
 
 
 def _predicted(name: str, gpu: Gpu, plan: Plan, work: Work, inner: Work, layers: int) -> Alternative:

@@ -18,21 +18,17 @@ from lstm_triton.planning import STRATEGIES, Plan, tile
 # the compiler puts those of fp16 and bf16; the rest is for states and gates.
 PERSISTENT_BYTES = 128 * KIB
 
-# The tiles of `cooperative`: slices, warps, and pairs of rows and units. What is not here spills registers in the loop
-# of one of the passes, as compiled for sm_80 to sm_120 by Triton 3.7: with 64 rows all do, with 32 rows of 16 units
-# forward does. Eight units are the fewest that tensor cores multiply at once.
+# The tiles of `cooperative`: slices and warps, and the rows and units that a program may have with them. Beyond these
+# the compiler spills registers in the loop of one of the passes (sm_80 to sm_120, Triton 3.7): with 64 rows it always
+# does, with 32 rows of 16 units in forward. Eight units are the fewest that tensor cores multiply at once.
 COOPERATIVE = {
-    # As few warps as there are slices: what they add up is the least, and two programs share a multiprocessor.
-    (4, 4): ((16, 8), (16, 16)),
-    # More rows or units to a thread's registers.
-    (4, 8): ((16, 8), (16, 16), (32, 8)),
-    # Half the chain of instructions that wait for each other.
-    (8, 8): ((16, 8), (16, 16), (32, 8)),
-    # A quarter of it, for the long sums of backward; a thread has half the registers.
-    (16, 16): ((16, 8),),
+    (4, 4): ((16, 8), (16, 16)),  # least to add up, and two programs may share a multiprocessor
+    (4, 8): ((16, 8), (16, 16), (32, 8)),  # more rows to a thread's registers
+    (8, 8): ((16, 8), (16, 16), (32, 8)),  # half the chain of instructions that wait for each other
+    (16, 16): ((16, 8),),  # a quarter of it, for the long sums of backward; a thread has half the registers
 }
-# float32 operands take twice the registers.
-COOPERATIVE_WIDE = {(4, 4): ((16, 8),), (4, 8): ((16, 8),), (8, 8): ((16, 8),), (16, 16): ((16, 8),)}
+# Of a thread's registers, what the rows that a product takes at a time may fill; more spills.
+OPERAND_SHARE = 0.51
 
 # Without tensor cores: rows, of which each is a product of its own, and bytes of weights in registers.
 MATVEC_ROWS, MATVEC_BYTES = 8, 96 * KIB
@@ -89,6 +85,12 @@ def held(gpu: Gpu, plan: Plan, work: Work) -> int:
     return gpu.sms * gpu.programs_per_sm(shared, plan.num_warps, min(255, gpu.limits.registers // threads))
 
 
+def operand_registers(plan: Plan, work: Work, backward: bool) -> float:
+    """Registers of a thread for the rows that a product takes at a time, between memory and shared memory."""
+    inner = 4 * work.hidden if backward else work.hidden
+    return plan.block_b * blocks_of(inner, plan.slices)[0] * work.dtype.itemsize / 4 / (32 * plan.num_warps)
+
+
 def misfit(gpu: Gpu, plan: Plan, work: Work) -> str:
     """Why a plan's programs have no room on a GPU, all at a time where they wait for each other; "" where they have."""
     room = held(gpu, plan, work)
@@ -99,6 +101,10 @@ def misfit(gpu: Gpu, plan: Plan, work: Work) -> str:
     if plan.strategy == "persistent" and weight_bytes(plan, work) > PERSISTENT_BYTES:
         return f"{weight_bytes(plan, work) / KIB:,.0f} KiB of weights, a program keeps {PERSISTENT_BYTES // KIB}"
     if plan.strategy == "cooperative":
+        most = OPERAND_SHARE * min(256, gpu.limits.registers // (plan.num_warps * gpu.limits.warp))
+        wanted = max(operand_registers(plan, work, backward) for backward in {False, work.training})
+        if not plan.matvec and wanted > most:
+            return f"{wanted:.0f} registers of a thread for the rows of a product, {most:.0f} free"
         count = _count(plan, work)
         if count > room:
             return f"{count:,} programs should run at a time, {room} have room"
@@ -146,14 +152,14 @@ def _persistent(work: Work, layers: int, forced: bool) -> Iterator[Plan]:
 
 
 def _cooperative(work: Work, layers: int, forced: bool) -> Iterator[Plan]:
-    hidden, wide = work.hidden, work.dtype.itemsize > 2
+    hidden = work.hidden
     if work.tensor_cores or forced:
-        for (slices, warps), tiles in (COOPERATIVE_WIDE if wide else COOPERATIVE).items():
+        for (slices, warps), tiles in COOPERATIVE.items():
             inner = sum(blocks_of(hidden, slices))
             if slices > 4 and inner > sum(blocks_of(hidden, 4)):
                 continue  # slices of padding
             for rows, units in tiles:
-                if rows <= tile(work.batch) and units < 2 * hidden:
+                if rows <= tile(work.batch) and (units == 8 or units < 2 * hidden):
                     yield Plan("cooperative", rows, units, inner, warps, slices=slices, layers=layers)
     if work.batch <= MATVEC_ROWS and not work.training and work.dtype != torch.float64:
         rows, inner = 1 << (work.batch - 1).bit_length(), sum(blocks_of(hidden, 1))
@@ -188,6 +194,26 @@ def wavefront(gpu: Gpu, work: Work, layers: int) -> Plan | None:
     best = min(found, key=lambda plan: step_time(gpu, plan, work), default=None)
     one_by_one = layers * step_time(gpu, choose(gpu, work), work)
     return best if best is not None and step_time(gpu, best, work) < one_by_one else None
+
+
+def proposals(gpu: Gpu, work: Work, layers: int = 1) -> list[tuple[Plan, float]]:
+    """The best plan of each strategy that fits and pays, the fastest first, and µs of a step of all layers, predicted.
+
+    Args:
+        gpu: where.
+        work: what each of the layers is; in training the times are of forward and backward.
+        layers: that run one after the other or, where a plan has as many, as a wavefront.
+    """
+    found = []
+    for strategy in STRATEGIES:
+        plans = [plan for plan in candidates(gpu, work) if plan.strategy == strategy]
+        if plans:
+            best = min(plans, key=lambda plan: step_time(gpu, plan, work))
+            found.append((best, layers * step_time(gpu, best, work)))
+    front = wavefront(gpu, work, layers) if layers > 1 else None
+    if front is not None:
+        found.append((front, step_time(gpu, front, work)))
+    return sorted(found, key=lambda pair: pair[1])
 
 
 def step_time(gpu: Gpu, plan: Plan, work: Work) -> float:
