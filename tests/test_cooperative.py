@@ -15,6 +15,8 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton  # noqa: E402
+
 from checks import Case, assert_close, matrix, results, shaped  # noqa: E402
 from lstm_triton import TritonLSTM, kernels, launching, planning  # noqa: E402
 from lstm_triton.cpu import build  # noqa: E402
@@ -274,6 +276,39 @@ def test_waiting_in_vain(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
                         assert part in text
             assert_close(results(ours, case, inputs, torch.float32), expected, torch.float32)
     assert failures > 0
+
+
+_arrive = barrier.arrive
+
+
+@triton.jit
+def arrive_of_one_more(counter_ptr, leads, programs):
+    return _arrive(counter_ptr, leads, programs + 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the error comes with a later launch")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_barrier_that_nobody_completes(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each program looks so many times, once; then the kernel ends."""
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(barrier, "arrive", arrive_of_one_more)
+    monkeypatch.setattr(barrier, "ROUNDS", 20_000)
+    monkeypatch.setattr(kernels.cooperative.forward_kernel, "hash", None)  # of its source and what that calls
+    monkeypatch.setattr(kernels.launch, "_prepared", {})
+    found: list[BaseException] = []
+
+    def forward() -> None:
+        try:
+            TritonLSTM(5, 61, backend="triton")(torch.randn(7, 19, 5))
+        except RuntimeError as error:
+            found.append(error)
+
+    with planning.force("cooperative"):
+        runner = threading.Thread(target=forward, daemon=True)
+        runner.start()
+        runner.join(60)  # milliseconds but for compilation
+    assert not runner.is_alive(), "hangs"
+    assert "waited for each other in vain" in str(found[0])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="reads tensors that an error leaves behind on a CPU")

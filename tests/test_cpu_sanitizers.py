@@ -1,4 +1,4 @@
-"""Programs that wait for each other on the CPU, and kernels under gcc's and clang's sanitizers.
+"""The kernels under gcc's and clang's sanitizers.
 
 A kernel's C is compiled into a program of its own, with a `main` that takes a launch's arguments from a file and runs
 the program instances: each on a thread, for ThreadSanitizer, or one after the other, for AddressSanitizer and
@@ -13,25 +13,23 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 pytest.importorskip("triton")
 
+import barrier_mutants  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from cooperative_kernels import MUTANTS, forward_kernel  # noqa: E402
 
 from checks import WAYS, assert_close, forced  # noqa: E402
-from lstm_triton import cpu, functional, kernels, launching, planning, recurrence  # noqa: E402
+from lstm_triton import functional, kernels, launching, planning, recurrence  # noqa: E402
 from lstm_triton.cpu import build, native  # noqa: E402
 
 pytestmark = [
@@ -40,109 +38,7 @@ pytestmark = [
     pytest.mark.skipif(kernels.INTERPRETED, reason="kernels are interpreted, not compiled"),
 ]
 
-ENOUGH = 1 << 26  # rounds of waiting: far more than there are, yet they end
 EXIT = 66  # of a program whose sanitizer reports
-
-
-# ---- Programs that wait for each other ----
-
-
-@dataclass
-class Cooperative:
-    """A call of the kernel in `cooperative_kernels`, and what nn.LSTM makes of it in float64."""
-
-    steps: int
-    batch: int
-    hidden: int
-    programs: int  # that share the hidden units
-    block_b: int
-    dtype: torch.dtype = torch.float32
-    mutant: str = ""
-    rounds: int = ENOUGH
-    late: int = 0  # arrivals to wait for that never come
-
-    def run(self, launch: Callable[..., None]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Ours and the reference."""
-        torch.manual_seed(0)
-        reference = nn.LSTM(3, self.hidden, dtype=torch.float64)
-        x = torch.randn(self.steps, self.batch, 3, dtype=torch.float64)
-        hx, cx = torch.randn(2, 1, self.batch, self.hidden, dtype=torch.float64)
-        with torch.no_grad():
-            gates = x @ reference.weight_ih_l0.T + reference.bias_ih_l0 + reference.bias_hh_l0
-            y, (_, cn) = reference(x, (hx, cx))
-        groups = triton.cdiv(self.batch, self.block_b)
-        h = torch.cat([hx, torch.full_like(hx, float("nan"))]).to(self.dtype)
-        c = cx[0].to(self.dtype, copy=True)
-        weight = reference.weight_hh_l0.detach().to(self.dtype)
-        output = torch.full_like(y, float("nan"), dtype=self.dtype)
-        self.counters = torch.zeros(groups, dtype=torch.int32)
-        self.failed = torch.zeros(1, dtype=torch.int32)
-        launch(
-            forward_kernel, (self.programs, groups),
-            gates.to(self.dtype), h, c, weight, output, self.counters, self.failed,
-            self.steps, self.batch, self.rounds, self.late,
-            H=self.hidden, BLOCK_B=self.block_b, BLOCK_H=self.block_h,
-            BLOCK_K=triton.next_power_of_2(self.hidden), MUTANT=self.mutant, launch_cooperative_grid=True,
-        )  # fmt: skip
-        return {"y": output, "c": c}, {"y": y, "c": cn[0]}
-
-    @property
-    def block_h(self) -> int:
-        size = triton.next_power_of_2(triton.cdiv(self.hidden, self.programs))
-        assert triton.cdiv(self.hidden, size) == self.programs  # else some would have nothing to do
-        return size
-
-
-# Of 8 and 5 programs some have fewer units than others.
-SIZES = [
-    pytest.param({"steps": 7, "batch": 5, "hidden": 61, "programs": 8, "block_b": 8}, id="8 programs"),
-    pytest.param({"steps": 9, "batch": 3, "hidden": 37, "programs": 5, "block_b": 4}, id="5 programs"),
-    pytest.param({"steps": 5, "batch": 7, "hidden": 13, "programs": 4, "block_b": 2}, id="4 groups of 4"),
-]
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("sizes", SIZES)
-def test_programs_that_wait_for_each_other(sizes: dict[str, int], dtype: torch.dtype, threads: int) -> None:
-    """Right, and the same bits each time, however many threads PyTorch has."""
-    torch.set_num_threads(threads)
-    first: dict[str, Tensor] = {}
-    for _ in range(30):
-        case = Cooperative(**sizes, dtype=dtype)
-        ours, reference = case.run(cpu.launch)
-        assert case.failed.item() == 0
-        assert case.counters.tolist() == [case.programs * case.steps] * len(case.counters)
-        first = first or ours
-        assert all(torch.equal(ours[name], first[name]) for name in ours)
-        assert_close(ours, reference, dtype)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_cooperative_launches_side_by_side(threads: int) -> None:
-    """From several threads at once: each launch has programs of its own that wait."""
-    torch.set_num_threads(threads)
-    sizes = SIZES[1].values[0]
-
-    def forward(k: int) -> None:
-        ours, reference = Cooperative(**sizes).run(cpu.launch)  # type: ignore[arg-type]
-        assert_close(ours, reference, torch.float32)
-
-    forward(0)  # compiles, and draws what all others draw
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(forward, range(9)))
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_barrier_that_nobody_completes(threads: int) -> None:
-    """A kernel waits so many rounds for one arrival too many; then it ends, and says so."""
-    torch.set_num_threads(threads)
-    case = Cooperative(steps=7, batch=5, hidden=61, programs=8, block_b=8, rounds=20_000, late=1)
-    runner = threading.Thread(target=lambda: case.run(cpu.launch), daemon=True)
-    runner.start()
-    runner.join(60)  # milliseconds but for compilation
-    assert not runner.is_alive(), "hangs"
-    assert case.failed.item() == case.programs
 
 
 # ---- Kernels in programs of their own ----
@@ -360,27 +256,6 @@ def sanitized(folder: Path, tmp_path: Path) -> Callable[..., Sanitized]:
     return make
 
 
-# ---- Races ----
-
-
-COOPERATIVE = {"steps": 4, "batch": 5, "hidden": 13, "programs": 4, "block_b": 4}  # twice 4 programs
-
-
-@pytest.mark.parametrize("mutant", ["", *MUTANTS], ids=lambda m: m or "right")
-def test_races_of_programs_that_wait_for_each_other(sanitized: Callable[..., Sanitized], mutant: str) -> None:
-    """ThreadSanitizer sees none with the right barrier, and one with each wrong one."""
-    case = Cooperative(**COOPERATIVE, mutant=mutant)  # type: ignore[arg-type]
-    launcher = sanitized(THREAD)
-    if mutant:
-        with pytest.raises(Reported, match="data race"):
-            case.run(launcher.launch)
-        return
-    for _ in range(5):
-        ours, reference = case.run(launcher.launch)
-        assert case.failed.item() == 0
-        assert_close(ours, reference, torch.float32)
-
-
 # ---- The project's kernels ----
 
 
@@ -486,11 +361,21 @@ def _ways(layers: list[Layer]) -> list[Any]:
 
 
 @pytest.mark.parametrize("layer,way", _ways(LAYERS[:2]))
-def test_races_of_independent_programs(
-    sanitized: Callable[..., Sanitized], monkeypatch: pytest.MonkeyPatch, layer: Layer, way: str
-) -> None:
-    """No program of the project's kernels reads or writes what another one writes."""
+def test_races(sanitized: Callable[..., Sanitized], monkeypatch: pytest.MonkeyPatch, layer: Layer, way: str) -> None:
+    """No program reads or writes what another one writes, unless a barrier orders them."""
     layer.check(sanitized(THREAD), way, monkeypatch)
+
+
+# Wrong whichever program comes first; that on the CPU a program is one thread, so that all it wrote is in order, is why
+# the mutant is left out whose stores come too late.
+@pytest.mark.parametrize("mutant", ["relaxed arrival", "relaxed wait", "no wait", "one arrival short"])
+def test_wrong_barriers(sanitized: Callable[..., Sanitized], monkeypatch: pytest.MonkeyPatch, mutant: str) -> None:
+    """ThreadSanitizer sees that nothing orders what the programs of the cooperative kernels tell each other."""
+    barrier_mutants.put_in(mutant, monkeypatch)
+    for kernel in (kernels.cooperative.forward_kernel, kernels.cooperative_backward.backward_kernel):
+        monkeypatch.setattr(kernel, "hash", None)  # of its source and what that calls
+    with pytest.raises(Reported, match="data race"):
+        replace(LAYERS[0], steps=9).check(sanitized(THREAD), "cooperative", monkeypatch)
 
 
 def test_program_that_runs_twice(sanitized: Callable[..., Sanitized], monkeypatch: pytest.MonkeyPatch) -> None:
