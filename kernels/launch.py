@@ -15,6 +15,7 @@ from lstm_triton.kernels import barrier
 from lstm_triton.kernels.blocks import INTERPRETED
 from lstm_triton.planning import Plan
 from lstm_triton.recurrence import Gradients, Layer, Layout, Pass, Saved, Window, rnn_precision
+from lstm_triton.tiling import blocks_of
 
 # Kernel arguments that vary from call to call and must not compile a kernel anew.
 RUN_TIME = ["T", "first", "last", "B", "n", "s", "threshold", "stream", "mask_steps"]
@@ -208,16 +209,6 @@ def _constants(
         if torch.version.hip is None:  # or ptxas spills some at half the registers that there are
             constants["maxnreg"] = min(255, REGISTERS // (32 * plan.num_warps))
     return constants, rebuild
-
-
-def blocks_of(size: int, slices: int) -> tuple[int, int]:
-    """Two powers of two, or one and 0, that cover an inner dimension and can be cut into slices (`sliced`)."""
-    least = 16 * slices
-    first = max(least, 1 << (size.bit_length() - 1))
-    if first >= size:
-        return first, 0
-    second = max(least, 1 << (size - first - 1).bit_length())
-    return (first, second) if second < first else (2 * first, 0)
 
 
 def _stacked(tensors: tuple[Tensor | None, ...]) -> Tensor | None:
