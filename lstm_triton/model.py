@@ -5,14 +5,15 @@ latencies and of bytes over bandwidths, and hardly ever one of operations. `pred
 the plans of this project, `predict_operator` for PyTorch's own operator. **No number here is a measurement of this
 project's kernels**; those are in `reports/`.
 
-How far off it is, against what others have measured on an H100 at B = 16, T = 1024, H = 768 (`PUBLISHED`; for these
-the constants below were not adjusted):
+How far off it is, against what others have measured on an H100 at B = 16, T = 1024, H = 768 (`others.PUBLISHED`). The
+constants below were not adjusted to these. It takes cuDNN's kernel, which works as ours does, for a fifth slower than
+it is, and misses what launches cost Haste by more than half:
 
 | µs a step, forward / backward | measured | predicted |
 |---|---|---|
-| `nn.LSTM`, fp16 (cuDNN, persistent) | 2.0 / 3.1 | {operator} |
-| FlashRNN, fused, bf16 (two barriers a step) | 4.8 / 8.5 | {flashrnn} |
-| Haste, fp32 (two launches a step) | 18 / 25 | {haste} |
+| nn.LSTM (cuDNN), fp16, persistent | 2.0 / 3.1 | 2.5 / 3.6 |
+| FlashRNN, fused, bf16, two barriers a step | 4.8 / 8.5 | 4.0 / 5.2 |
+| Haste, fp32, two launches a step | 18 / 25 | 7.2 / 10.0 |
 """
 
 from dataclasses import dataclass

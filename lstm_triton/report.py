@@ -70,11 +70,11 @@ class Planned:
         parts += [f"all {plan.layers} layers as a wavefront"] if plan.layers > 1 else []
         own = f"{plan.block_b} rows and {plan.block_h} units, {plan.num_warps} warps"
         own += f", products in {plan.slices} slices" if plan.slices > 1 else ""
-        own += ", row by row without tensor cores" if plan.matvec else ""
+        own += ", no tensor cores" if plan.matvec else ""
         planes_are = "layers" if plan.layers > 1 else "directions"
         lines = [
             f"plan: {', '.join(parts)}",
-            f"      {self.programs:,} programs ({units} of units x {tiles} of rows x {planes} {planes_are}): {own}",
+            f"      {self.programs:,} programs ({units} of units x {tiles} of rows x {planes} {planes_are}) of {own}",
         ]
         forward, backward = (f"{n / KIB:,.0f}" for n in self.shared_bytes)
         shared = f"{forward} KiB forward" + (f", {backward} backward" if self.backward else "")

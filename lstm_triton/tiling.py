@@ -25,7 +25,6 @@ COOPERATIVE = {
     (4, 4): ((16, 8), (16, 16)),  # least to add up, and two programs may share a multiprocessor
     (4, 8): ((16, 8), (16, 16), (32, 8)),  # more rows to a thread's registers
     (8, 8): ((16, 8), (16, 16), (32, 8)),  # half the chain of instructions that wait for each other
-    (16, 16): ((16, 8),),  # a quarter of it, for the long sums of backward; a thread has half the registers
 }
 # Of a thread's registers, what the rows that a product takes at a time may fill; more spills.
 OPERAND_SHARE = 0.51
@@ -169,8 +168,8 @@ def _cooperative(work: Work, layers: int, forced: bool) -> Iterator[Plan]:
 
 
 def _step(work: Work, layers: int, forced: bool) -> Iterator[Plan]:
-    inner = 64 if work.dtype.itemsize < 8 else 32
-    yield Plan("step", 16, min(tile(work.hidden), 32), min(tile(work.size), inner), 4, num_stages=2)
+    for inner in (64, 32, 16):  # as many as two stages have room for
+        yield Plan("step", 16, min(tile(work.hidden), 32), min(tile(work.size), inner), 4, num_stages=2)
 
 
 @lru_cache(maxsize=1024)
