@@ -206,8 +206,11 @@ def explain(
     if backend == "torch" and not recompute:
         return "\n".join(lines)
     x = input.transpose(0, 1) if options.batch_first and batch_sizes is None else input
-    layers = ops.describe(x.contiguous(), batch_sizes, *hx, weights, options.num_layers, options.bias, backend)
-    lines += [f"layer {k}: {how}" for k, how in enumerate(layers)]
+    seed = torch.zeros(1, dtype=torch.int64, device=input.device) if drops else None
+    lines += ops.describe(
+        x.contiguous(), batch_sizes, *hx, weights, options.num_layers, options.bias, seed,
+        options.recurrent_dropout, backend, chunk, save,
+    )  # fmt: skip
     if save:
         lines.append(f"kept for backward: {_kept(layout, hx, options, chunk, input.dtype, backend)}")
     return "\n".join(lines)

@@ -2,7 +2,6 @@
 
 import importlib
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from lstm_triton import dropout as masks
 from lstm_triton import gpus, planning, tiling
-from lstm_triton.model import Work
+from lstm_triton.model import Work, predict
 from lstm_triton.planning import Plan
 from lstm_triton.recurrence import (
     Gradients,
@@ -40,29 +39,33 @@ def _device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device_of(x) if x.is_cuda else _NOTHING
 
 
-def chosen(layer: Layer) -> Plan:
-    """The plan for the sizes of a layer's call."""
+def _work(layer: Layer) -> Work:
+    """What a layer is, as plans for a GPU are made for."""
     input, (_, batch, size), hidden = layer.input, layer.hx.shape, layer.cx.size(2)
-    features, directions = input.size(1), len(layer.directions)
+    precision = rnn_precision(input.device) if input.dtype == torch.float32 else "ieee"
+    # One T for all: what varies from call to call must not change the plan.
+    sizes = batch, hidden, size, input.size(1), STEPS
+    return Work(*sizes, input.dtype, len(layer.directions), precision, layer.records)
+
+
+def _chosen(layer: Layer, strategy: str | None) -> Plan:
+    """The plan for the sizes of a layer's call; by `strategy`, where it is given."""
+    input, (_, batch, size), hidden = layer.input, layer.hx.shape, layer.cx.size(2)
     if input.is_cuda:
-        precision = rnn_precision(input.device) if input.dtype == torch.float32 else "ieee"
-        # One T for all: what varies from call to call must not change the plan.
-        work = Work(batch, hidden, size, features, STEPS, input.dtype, directions, precision)
-        return tiling.choose(gpus.of(input.device), work, strategy=planning.forced())
+        return tiling.choose(gpus.of(input.device), _work(layer), strategy=strategy)
     if _kernels().INTERPRETED:
-        return planning.choose(batch, hidden, size, input.dtype, interpreted=True)
+        return planning.choose_interpreted(batch, hidden, size, input.dtype, strategy)
     lengths = None if layer.layout.is_dense else tuple(layer.layout.lengths)
-    sizes = batch, features, hidden, size, directions
-    return planning.choose_on_cpu(*sizes, torch.get_num_threads(), planning.forced(), lengths)
+    sizes = batch, input.size(1), hidden, size, len(layer.directions)
+    return planning.choose_on_cpu(*sizes, torch.get_num_threads(), strategy, lengths)
 
 
 def of(layer: Layer) -> Plan:
     """The plan for a layer's call."""
-    plan = chosen(layer)
+    plan = _chosen(layer, planning.forced())
     drops = layer.dropout.mask is not None or layer.dropout.seed is not None
     if plan.strategy == "cooperative" and layer.hx.size(2) != layer.cx.size(2) and drops:
-        # The mask between the two weights forbids to fold them (kernels/folded.py).
-        return replace(plan, strategy="step", block_h=min(planning.tile(plan.block_h), 32))
+        return _chosen(layer, "step")  # the mask between the two weights forbids to fold them (kernels/folded.py)
     return plan
 
 
@@ -70,18 +73,30 @@ def of_wavefront(layer: Layer, layers: int) -> Plan | None:
     """The plan for all of a call's layers in one launch, from the first of them; None where they run one by one."""
     if len(layer.directions) > 1 or layer.hx.size(2) != layer.cx.size(2):
         return None
+    if layer.input.is_cuda and planning.forced() is None:
+        return tiling.wavefront(gpus.of(layer.input.device), _work(layer), layers)
     return planning.wavefront(of(layer), layers)
 
 
-def describe(layer: Layer) -> str:
-    """The plan for a layer's call, in words."""
-    plan, layout, directions = of(layer), layer.layout, len(layer.directions)
-    lengths = layout.lengths[:: plan.block_b]  # a program's steps are those of its longest row
+def describe(layer: Layer, plan: Plan) -> str:
+    """A plan for a layer's call, or for all layers of a wavefront from the first one's, in words."""
+    layout, lengths = layer.layout, layer.layout.lengths[:: plan.block_b]  # a program's steps: its longest row's
     work = sum(lengths) * plan.block_b / layout.total
-    fused = ", the products with input and weights in it" if plan.fused else ""
-    strategy = f"{plan.strategy}{fused}; tiles of {plan.block_b} batch rows and {plan.block_h} units"
-    ends = "" if layout.is_dense else f", which end after {lengths[-1]} to {lengths[0]} steps"
-    return f"{strategy}; {len(lengths) * directions} programs{ends}; {work:.2f} rows run for each that is there"
+    units = 1 if plan.strategy == "persistent" else -(-layer.cx.size(2) // plan.block_h)
+    words = plan.strategy
+    words += ", the products with input and weights in it" if plan.fused else ""
+    words += f", {units * plan.layers} programs meet once a step" if plan.strategy == "cooperative" else ""
+    words += ", without tensor cores" if plan.matvec else ""
+    words += f"; tiles of {plan.block_b} batch rows and {plan.block_h} units"
+    words += f"; {len(lengths) * len(layer.directions) * units * plan.layers} programs"
+    words += "" if layout.is_dense else f", which end after {lengths[-1]} to {lengths[0]} steps"
+    words += f"; {work:.2f} rows run for each that is there"
+    if layer.input.is_cuda:
+        for backward in (False, True)[: 1 + layer.records]:
+            found = predict(gpus.of(layer.input.device), plan, _work(layer), backward)
+            name = "backward" if backward else "forward"
+            words += f"; {name} predicted to take {found.total:.1f} µs a step, bound by {found.bound}"
+    return words
 
 
 def drop(x: Tensor, seed: Tensor, stream: int, p: float) -> Tensor:

@@ -147,16 +147,27 @@ def describe(
     weights: list[Tensor],
     num_layers: int,
     bias: bool,
+    seed: Tensor | None,
+    p: float,
     backend: str,
+    chunk: int,
+    save: bool,
 ) -> list[str]:
-    """How each layer would run, in words; arguments as of `forward`."""
+    """How the layers would run, in words, a line for each that runs by itself; arguments as of `forward`."""
     if backend != "triton":
         how = "PyTorch's operator, chunk by chunk" if backend == "torch" else "PyTorch operations, step by step"
-        return [how] * num_layers
-    stack = _Stack(input, batch_sizes, hx, cx, weights, num_layers, bias, 0.0, None, None, 0.0, True, backend)
+        return [f"layer {k}: {how}" for k in range(num_layers)]
+    stack = _Stack(
+        input, batch_sizes, hx, cx, weights, num_layers, bias, 0.0, None, seed, p, True, backend, save
+    )  # fmt: skip
+    first = stack.layer(0, stack.input)
+    front = launching.of_wavefront(first, num_layers) if num_layers > 1 and not (chunk and save) else None
+    if front is not None:
+        return [f"layers 0 to {num_layers - 1}, a step apart: {launching.describe(first, front)}"]
     rows = stack.input[:1, :1]
     outputs = rows.expand(stack.layout.total, stack.directions * hx.size(2))
-    return [launching.describe(stack.layer(k, outputs if k else stack.input)) for k in range(num_layers)]
+    layers = [first, *(stack.layer(k, outputs) for k in range(1, num_layers))]
+    return [f"layer {k}: {launching.describe(layer, launching.of(layer))}" for k, layer in enumerate(layers)]
 
 
 def forward(
@@ -322,19 +333,9 @@ def backward(
             inputs = [stack.input, *(stack.drop(y, k) for k, y in enumerate(outputs[:-1]))]
             front = stack.wavefront(inputs)
         if front is not None:
-            found = front.backward(dy, gates, cells, dhn.to(stack.kept), dcn.to(stack.kept))
-            dh, dc, dweights = found.dhx, found.dcx, []
-            for k, layer in enumerate(front.layers):
-                own = slice(k, k + 1)
-                h_prev = front.multiplied(k, outputs[k]) if weights_wanted else None
-                part = Gradients(dh[own], dc[own], found.dgates[own], None, h_prev)
-                saved = Saved(gates[k], cells[k])
-                dx, each = _products(
-                    stack, layer, front.window, saved, part, input_wanted and k == 0, weights_wanted
-                )  # fmt: skip
-                dweights += each
-                if dx:
-                    dinput = dx[0]
+            dinput, dh, dc, dweights = _front_gradients(
+                stack, front, outputs, dy, dhn, dcn, gates, cells, *wanted
+            )  # fmt: skip
         elif num_layers == 1:
             dinput, dh, dc, dweights = _layer_gradients(
                 stack, 0, stack.input, outputs[0], dy, dhn, dcn, gates[0], cells[0], chunk, *wanted
@@ -357,6 +358,33 @@ def backward(
     if not weights_wanted:
         dweights = [w.new_empty(0) for w in weights]
     return [dinput.view(input.shape) if input_wanted else input.new_empty(0), dh, dc, *dweights]
+
+
+def _front_gradients(
+    stack: _Stack,
+    front: launching.Wavefront,
+    outputs: list[Tensor],
+    doutput: Tensor,
+    dhn: Tensor,
+    dcn: Tensor,
+    gates: list[Tensor],
+    cells: list[Tensor],
+    input_wanted: bool,
+    weights_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Those of layers that run as a wavefront: of the input (N, ·), hx, cx and weights; arguments as of `backward`."""
+    found = front.backward(doutput, gates, cells, dhn.to(stack.kept), dcn.to(stack.kept))
+    dinput, dweights = stack.input, []
+    for k, layer in enumerate(front.layers):
+        own = slice(k, k + 1)
+        h_prev = front.multiplied(k, outputs[k]) if weights_wanted else None
+        part = Gradients(found.dhx[own], found.dcx[own], found.dgates[own], None, h_prev)
+        saved, first = Saved(gates[k], cells[k]), input_wanted and k == 0
+        dx, each = _products(stack, layer, front.window, saved, part, first, weights_wanted)
+        dweights += each
+        if first:
+            dinput = dx[0]
+    return dinput, found.dhx, found.dcx, dweights
 
 
 def _layer_gradients(

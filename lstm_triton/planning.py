@@ -11,12 +11,8 @@ from lstm_triton.dropout import PER_CALL
 
 STRATEGIES = ("persistent", "cooperative", "step")
 
-# Bytes of recurrent weights that `persistent` may keep: an SM of sm_80 and newer has 256 KiB of
-# registers, and there the compiler puts those of fp16 and bf16; the rest is for states and gates.
+# Bytes of recurrent weights of a layer that is interpreted as `persistent`.
 PERSISTENT_BYTES = 128 * 1024
-# Shared memory of a program where no GPU says otherwise: sm_80's.
-SHARED_BYTES = 163 * 1024
-
 # Rows of the batch that a program on a CPU has at most.
 CPU_ROWS = 64
 # Steps that take as long as what a program does once: loading the weights and, fused, storing their gradients.
@@ -90,36 +86,23 @@ def force(strategy: str) -> Iterator[None]:
         _forced = previous
 
 
-def choose(
-    batch: int,
-    hidden: int,
-    size: int,
-    dtype: torch.dtype,
-    shared_bytes: int = SHARED_BYTES,
-    interpreted: bool = False,
-) -> Plan:
-    """The plan for a layer on a GPU, or in Triton's interpreter.
+def choose_interpreted(batch: int, hidden: int, size: int, dtype: torch.dtype, strategy: str | None = None) -> Plan:
+    """The plan for a layer in Triton's interpreter, which is fastest with few programs.
 
     Args:
         batch: B.
         hidden: H.
         size: K, the size of h: `proj_size` or H.
         dtype: of input and weights.
-        shared_bytes: shared memory that a program can have.
-        interpreted: whether the kernels run in Triton's interpreter, which is fastest with few programs.
+        strategy: the one to take.
     """
-    block_h, block_k = tile(hidden), tile(size)
-    # tl.dot takes 16 rows or more; more programs with few rows each hide latency better.
-    block_b = min(tile(batch), 64) if interpreted else 16
-    weights = dtype.itemsize * (4 * block_h * block_k + (block_h * block_k if size != hidden else 0))
-    # Beside the weights the compiled backward holds up to five operand tiles of the batch.
-    shared = weights + 5 * block_b * max(block_h, block_k) * dtype.itemsize
-    fits = weights <= PERSISTENT_BYTES and shared <= shared_bytes
-    if forced() == "cooperative":
+    block_b, block_h, block_k = min(tile(batch), 64), tile(hidden), tile(size)
+    if strategy == "cooperative":  # of programs that wait for each other, which only a simulation of them runs
         return Plan("cooperative", min(block_b, 16), max(PER_CALL, block_h // COOPERATING), min(block_k, 64), 4)
-    if (_forced or ("persistent" if fits else "step")) == "persistent":
-        return Plan("persistent", block_b, block_h, block_k, num_warps=4 if weights <= 32 * 1024 else 8)
-    return Plan("step", block_b, min(block_h, 32), min(block_k, 64), num_warps=4, num_stages=2)
+    few = dtype.itemsize * 4 * block_h * block_k <= PERSISTENT_BYTES
+    if (strategy or ("persistent" if few else "step")) == "persistent":
+        return Plan("persistent", block_b, block_h, block_k, 4)
+    return Plan("step", block_b, min(block_h, 32), min(block_k, 64), 4)
 
 
 @lru_cache(maxsize=256)
