@@ -13,13 +13,15 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from lstm_triton import planning, qualification, tuning
+from lstm_triton import gpus, qualification, report, tuning
 from lstm_triton.planning import Plan
-from lstm_triton.tolerances import DTYPES, precision
+from lstm_triton.tolerances import DTYPES
 from lstm_triton.tuning import EAGER, TORCH, Bucket, Candidate, Result, name_of
 
 if TYPE_CHECKING:
     from lstm_triton.dispatch import Call
+
+MOST_PLANS = 3  # of ours that are timed for a bucket
 
 Run = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -36,28 +38,38 @@ def choose(call: "Call", run: Run | None) -> tuple[str, str]:
         dtype = torch.get_autocast_dtype(device.type)
     if dtype not in DTYPES.values():
         return "torch", f"there are no kernels here for {dtype}"
-    bucket = bucket_of(call, precision(dtype, device))
+    o, packed = call.options, call.batch_sizes is not None
+    steps = call.input.size(1 if o.batch_first else 0) if call.batch_sizes is None else call.batch_sizes.size(0)
+    kind = call.save, packed, call.drops, bool(o.recompute)
+    bucket = Bucket.of(dtype, call.input.size(-1), *call.hx, o.num_layers, steps, *kind)
     result = tuning.known(device, bucket) or _found(call, run, bucket)
     why = f"PyTorch's operator has no recurrent dropout; {result}" if call.drops else str(result)
     return "triton" if result.plan is not None else "eager" if result.winner == EAGER else "torch", why
 
 
-def bucket_of(call: "Call", name: str) -> Bucket:
-    """The bucket of a call in precision `name`."""
-    (count, batch, size), hidden, o = call.hx[0].shape, call.hx[1].size(2), call.options
-    packed, layers = call.batch_sizes is not None, o.num_layers
-    steps = call.input.size(1 if o.batch_first else 0) if call.batch_sizes is None else call.batch_sizes.size(0)
-    sizes = hidden, size, call.input.size(-1), count // layers, layers
-    return Bucket(
-        name, *sizes, *Bucket.ends(batch, steps), call.save, packed, call.drops, call.save and bool(o.recompute)
-    )  # fmt: skip
-
-
 def proposals(bucket: Bucket, device: torch.device) -> list[tuple[Plan | None, float | None]]:
-    """The plans to be tried for a bucket's calls, the one that should be the fastest first, with the seconds that are
-    predicted; None among them is PyTorch's operator."""
-    plan = planning.choose(bucket.batch, bucket.hidden, bucket.size, DTYPES[bucket.precision])
-    return [(plan, None)] if bucket.drops else [(plan, None), (None, None)]
+    """What to try for a bucket's calls, the one first that should be the fastest, and the seconds that are predicted.
+
+    Plans, and None for PyTorch's operator. Of those that are predicted to be slow the last are left out.
+    """
+    name, steps, projected = bucket.precision, bucket.steps or tuning.MOST_STEPS, bucket.size != bucket.hidden
+    # Of all calls in the bucket the one with the most rows: where its programs have room, all calls' have.
+    planned = report.plan(
+        gpu=gpus.of(device), batch=bucket.batch, hidden=bucket.hidden, proj=bucket.size if projected else 0,
+        input=bucket.features, layers=bucket.layers, bidirectional=bucket.directions == 2, dtype=DTYPES[name],
+        tf32=name == "tf32", steps=steps, training=bucket.training,
+    )  # fmt: skip
+    ours: list[tuple[Plan | None, float | None]] = [
+        (way.plan, 1e-6 * way.total * steps)
+        for way in planned.alternatives
+        if way.plan is not None
+        and not (way.plan.layers > 1 and bucket.recompute)  # gates are rebuilt layer by layer
+        and not (way.plan.strategy == "cooperative" and projected and bucket.drops)  # `launching.of` has why
+    ]
+    if bucket.drops:
+        return ours[:MOST_PLANS]
+    operator = next((way for way in planned.alternatives if way.plan is None and way.forward is not None), None)
+    return [*ours[:MOST_PLANS], (None, None if operator is None else 1e-6 * operator.total * steps)]
 
 
 def _found(call: "Call", run: Run | None, bucket: Bucket) -> Result:

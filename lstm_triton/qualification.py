@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lstm_triton import kept, planning, reference
+from lstm_triton import gpus, kept, launching, planning, reference, tiling
 from lstm_triton.cpu import build
+from lstm_triton.model import Work
 from lstm_triton.tolerances import DTYPES, TOLERANCES, precision
 
 logger = logging.getLogger("lstm_triton")
 
-PASSED = "passed"
+PASSED, NO_PLAN = "passed", "no plan fits"
 REPORT = "please open an issue with the output of `python -m lstm_triton doctor`"
 
 
@@ -61,7 +62,7 @@ _qualifying = threading.Lock()
 
 
 def state(strategy: str, name: str, projected: bool, device: torch.device) -> str | None:
-    """What was found of a strategy: "passed", or "failed: …"; None where it wasn't run yet.
+    """What was found of a strategy: "passed", "no plan fits" or "failed: …"; None where it wasn't run yet.
 
     Args:
         strategy: as `planning.force` takes it.
@@ -93,17 +94,19 @@ def qualified(strategy: str, name: str, projected: bool, device: torch.device) -
 
 def qualify(strategy: str, name: str, projected: bool, device: torch.device) -> str:
     """Runs a strategy, arguments as of `state`; keeps and returns what is found, as there."""
-    lasting = True
+    wrong, lasting = None, True
+    layers = [case for case in cases(strategy, projected) if _fits(case, strategy, name, device)]
     try:
-        wrong = check(strategy, name, projected, device)
+        for case in layers:
+            wrong = wrong or check(case, strategy, name, device)
     except torch.OutOfMemoryError as error:
         wrong, lasting = kept.summary(error), False
     except Exception as error:
         wrong = kept.summary(error)
-    found = PASSED if wrong is None else f"failed: {wrong}"
+    found = f"failed: {wrong}" if wrong else PASSED if layers else NO_PLAN
     _states[device, strategy, name, projected] = found
     machine, about = kept.machine(device), _about(strategy, name, projected)
-    if wrong is not None:
+    if wrong:
         what = f"{strategy!r} in {name}{' with projections' if projected else ''}"
         kept.warn(f"{about}", f"kernels of the strategy {what} are switched off on {machine.device}: {wrong}; {REPORT}")
     if lasting:
@@ -111,18 +114,27 @@ def qualify(strategy: str, name: str, projected: bool, device: torch.device) -> 
     return found
 
 
-def check(strategy: str, name: str, projected: bool, device: torch.device) -> str | None:
-    """What is wrong with a strategy, in words; None if nothing is. Arguments as of `state`."""
+def check(case: Case, strategy: str, name: str, device: torch.device) -> str | None:
+    """What is wrong with a strategy on a layer, in words; None if nothing is. Arguments as of `state`."""
     atol, rtol = TOLERANCES[name]
-    for case in cases(strategy, projected):
-        with _undisturbed(name, device), planning.force(strategy):
-            pairs = _both(case, DTYPES[name], device)
-        for what, (found, expected) in pairs.items():
-            scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
-            error = (found.to("cpu", torch.float64) - expected).abs() / scale
-            if not (error <= atol + rtol * expected.abs() / scale).all():  # nor is NaN right
-                return f"{what} of {case}: off by {error.max():.1e} of its largest element, tolerance {atol:.0e}"
+    with _undisturbed(name, device), planning.force(strategy):
+        pairs = _both(case, DTYPES[name], device)
+    for what, (found, expected) in pairs.items():
+        scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+        error = (found.to("cpu", torch.float64) - expected).abs() / scale
+        if not (error <= atol + rtol * expected.abs() / scale).all():  # nor is NaN right
+            return f"{what} of {case}: off by {error.max():.1e} of its largest element, tolerance {atol:.0e}"
     return None
+
+
+def _fits(case: Case, strategy: str, name: str, device: torch.device) -> bool:
+    """Whether a GPU has room for any plan by which the strategy runs a layer."""
+    if device.type != "cuda":
+        return True
+    sizes = len(case.lengths), case.hidden, case.size or case.hidden, case.features
+    work = Work(*sizes, launching.STEPS, DTYPES[name], case.directions, "tf32" if name == "tf32" else "ieee")
+    kind = "cooperative" if strategy == "wavefront" else strategy
+    return bool(tiling.candidates(gpus.of(device), work, case.layers, kind))
 
 
 def cases(strategy: str, projected: bool) -> tuple[Case, ...]:

@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from lstm_triton import kept
 from lstm_triton.planning import Plan
+from lstm_triton.tolerances import precision
 
 TORCH, EAGER = "PyTorch's operator", "PyTorch's operations"  # ways that have no plan
 # How much faster than PyTorch's operator a candidate must be, and in how many of the rounds faster at all: noise of
@@ -49,10 +51,33 @@ class Bucket(NamedTuple):
     drops: bool  # whether recurrent dropout is active
     recompute: bool
 
-    @staticmethod
-    def ends(batch: int, steps: int) -> tuple[int, int]:
-        """The bucket's `batch` and `steps` for B and T."""
-        return 1 << (batch - 1).bit_length(), next((end for end in STEPS if steps <= end), 0)
+    @classmethod
+    def of(
+        cls,
+        dtype: torch.dtype,
+        features: int,
+        hx: Tensor,
+        cx: Tensor,
+        layers: int,
+        steps: int,
+        training: bool,
+        packed: bool,
+        drops: bool,
+        recompute: bool,
+    ) -> "Bucket":
+        """That of a call.
+
+        Args:
+            dtype: that it runs in.
+            features, layers: as of the fields.
+            hx, cx: (L * D, B, K), (L * D, B, H).
+            steps: T.
+            training, packed, drops, recompute: as of the fields.
+        """
+        (count, batch, size), hidden = hx.shape, cx.size(2)
+        rows, end = 1 << (batch - 1).bit_length(), next((end for end in STEPS if steps <= end), 0)
+        sizes = hidden, size, features, count // layers, layers, rows, end
+        return cls(precision(dtype, hx.device), *sizes, training, packed, drops, training and recompute)
 
 
 class Candidate(NamedTuple):

@@ -1,0 +1,307 @@
+"""`backend="auto"` as on a GPU, played on the CPU: its tensors, and a clock, plans and a machine that are given."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from lstm_triton import TritonLSTM, dispatch, functional, kept, on_gpu, qualification, tuning
+from lstm_triton.planning import Plan
+
+MACHINE = kept.Machine("Some GPU, 8 SMs", "1.2", "2.13", "3.7", "0.1", "cafe")
+STEP, PERSISTENT = Plan("step", 16, 16, 16, 4), Plan("persistent", 16, 16, 16, 4)
+
+
+class Gpu:
+    """What is played: how long backends take, which strategies are right; and what was done."""
+
+    def __init__(self) -> None:
+        self.plans: list[tuple[Plan, float | None]] = [(PERSISTENT, None), (STEP, None)]
+        self.torch_predicted: float | None = None
+        self.seconds = {"persistent": 1e-3, "step": 2e-3, "torch": 3e-3}
+        self.wrong: set[str] = set()
+        self.timed: list[str] = []
+        self.checked: list[str] = []
+        self.calls: list[functional.Options] = []
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compiled kernels stay there from test to test."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def gpu(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    played = Gpu()
+    monkeypatch.setenv("LSTM_TRITON_CACHE", str(cache))
+    for path in cache.glob("*.json"):
+        path.unlink()
+    monkeypatch.delenv("LSTM_TRITON_TUNE", raising=False)
+    monkeypatch.setattr(kept, "machine", lambda device: MACHINE)
+    forget(monkeypatch)
+
+    def proposals(bucket: tuning.Bucket, device: torch.device) -> list[tuple[Plan | None, float | None]]:
+        return played.plans + [(None, played.torch_predicted)] * (not bucket.drops)
+
+    def clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
+        def timed(run: Callable[[], object]) -> float:
+            (trial,) = tuning._trials.values() or [None]
+            run()
+            played.timed.append(trial.strategy if trial else "torch")
+            return played.seconds[played.timed[-1]]
+
+        return timed
+
+    def check(case: qualification.Case, strategy: str, *_: object) -> str | None:
+        if case is qualification.cases(strategy, False)[0]:
+            played.checked.append(strategy)
+        return "h_n: off" if strategy in played.wrong else None
+
+    run = functional.run
+
+    def watched(*arguments: Any) -> Any:
+        played.calls.append(arguments[4])
+        return run(*arguments)
+
+    monkeypatch.setattr(on_gpu, "proposals", proposals)
+    monkeypatch.setattr(tuning, "clock", clock)
+    monkeypatch.setattr(qualification, "check", check)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "auto", lambda call, run: on_gpu.choose(call, watched)[0])
+    monkeypatch.setattr(dispatch, "why_auto", lambda call: on_gpu.choose(call, None))
+    yield played
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_results", {})
+    monkeypatch.setattr(qualification, "_states", {})
+    monkeypatch.setattr(kept, "_said", set())
+
+
+def backend(module: TritonLSTM, x: torch.Tensor | PackedSequence) -> str:
+    """That of a call, by what it says after it."""
+    module(x)
+    return explained(module, x)[0]
+
+
+def explained(module: TritonLSTM, x: torch.Tensor | PackedSequence) -> tuple[str, str]:
+    line = module.explain(x).splitlines()[1]
+    name, _, why = line.removeprefix("backend: ").partition(" ")
+    return name, why[1:-1]
+
+
+def test_the_winner_runs_and_is_not_timed_again(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = TritonLSTM(5, 7), torch.randn(9, 3, 5)
+    assert backend(module, x) == "triton"
+    assert set(gpu.timed) == {"persistent", "step", "torch"} and gpu.checked == ["persistent", "step"]
+    said = "persistent 16×16×16 num_warps=4 1 ms, step 16×16×16 num_warps=4 2 ms, PyTorch's operator 3 ms"
+    assert explained(module, x) == ("triton", f"measured: {said} (Some GPU, 8 SMs)")
+    gpu.timed.clear()
+    module(torch.randn(16, 4, 5))  # of the same bucket
+    forget(monkeypatch)
+    assert explained(module, x) == ("triton", f"measured: {said} (Some GPU, 8 SMs, cached)")
+    module(x)
+    assert not gpu.timed and gpu.checked == ["persistent", "step"]
+    gpu.seconds["torch"] = 1e-4
+    assert backend(module, torch.randn(17, 4, 5)) == "torch"
+    assert gpu.timed
+
+
+def test_plans_reach_the_layers_of_their_calls_alone(gpu: Gpu) -> None:
+    module, x = TritonLSTM(5, 7), torch.randn(9, 3, 5)
+    module(x)
+    ((device, bucket),) = tuning._results
+    assert tuning.plan_for(device, bucket) == PERSISTENT
+    assert bucket == tuning.Bucket("fp32", 7, 7, 5, 1, 1, 4, 16, True, False, False, False)
+    assert tuning.plan_for(device, bucket._replace(training=False)) is None
+
+
+@pytest.mark.parametrize(
+    "options,call,expected",
+    [
+        ({}, "no_grad", {"training": False}),
+        ({"num_layers": 2, "bidirectional": True, "proj_size": 3}, "", {"layers": 2, "directions": 2, "size": 3}),
+        ({"recompute": True}, "", {"recompute": True}),
+        ({"recurrent_dropout": 0.5}, "", {"drops": True}),
+        ({}, "packed", {"packed": True, "batch": 4, "steps": 16}),
+        ({"batch_first": True}, "", {"batch": 16, "steps": 4}),
+        ({}, "autocast", {"precision": "bf16"}),
+    ],
+)
+def test_buckets(options: dict[str, Any], call: str, expected: dict[str, Any], gpu: Gpu) -> None:
+    gpu.plans = [(STEP, None)]
+    module, x = TritonLSTM(5, 7, **options), torch.randn(9, 3, 5)
+    given = pack_padded_sequence(x, [9, 4, 1]) if call == "packed" else x
+    with torch.set_grad_enabled(call != "no_grad"), torch.autocast("cpu", torch.bfloat16, call == "autocast"):
+        module(given)
+    ((_, bucket),) = tuning._results
+    assert {name: getattr(bucket, name) for name in expected} == expected
+
+
+def test_explaining_tries_nothing(gpu: Gpu, cache: Path) -> None:
+    module, x = TritonLSTM(5, 7), torch.randn(9, 3, 5)
+    assert explained(module, x) == (
+        "torch",
+        "not measured yet: a call would check the kernels of persistent and step, then time persistent 16×16×16 "
+        "num_warps=4 and step 16×16×16 num_warps=4 and PyTorch's operator",
+    )
+    assert not gpu.timed and not gpu.checked and not list(cache.glob("*.json")) and not tuning._results
+
+
+# What nothing may see of it
+
+
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_leaves_no_trace(form: str, gpu: Gpu) -> None:
+    """Gradients, random numbers, modes and results are those of a call that nothing measured."""
+    gpu.plans = [(STEP, None)]
+    gpu.seconds["torch"] = 1e-4
+    ours = TritonLSTM(5, 7, 2, dropout=0.5)
+    theirs = nn.LSTM(5, 7, 2, dropout=0.5)
+    theirs.load_state_dict(ours.state_dict())
+    data, calls = torch.randn(9, 3, 5), []
+    for module in (theirs, ours):
+        torch.manual_seed(1)
+        packed: list[torch.Tensor] = []
+
+        def pack(t: torch.Tensor, packed: list[torch.Tensor] = packed) -> torch.Tensor:
+            packed.append(t)
+            return t
+
+        module.weight_hh_l0.grad = torch.ones(28, 7)
+        x = data.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = module(x if form == "dense" else pack_padded_sequence(x, [9, 4, 1]))[0]
+        y = y if isinstance(y, torch.Tensor) else y.data
+        before = len(packed)
+        y.sum().backward()
+        calls.append(
+            (y, x.grad, [p.grad for p in module.parameters()], torch.randn(3), before, torch.is_grad_enabled())
+        )
+    assert gpu.timed
+    for a, b in zip(*calls, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_recurrent_dropout_draws_what_it_would(gpu: Gpu) -> None:
+    module, x = TritonLSTM(5, 7, recurrent_dropout=0.5), torch.randn(9, 3, 5)
+    found = []
+    for _ in range(2):  # measures, then knows
+        torch.manual_seed(1)
+        found.append(module(x)[0])
+    torch.manual_seed(1)
+    module.backend = "triton"
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], module(x)[0])
+
+
+def test_in_inference_mode(gpu: Gpu) -> None:
+    module, x = TritonLSTM(5, 7), torch.randn(9, 3, 5)
+    with torch.inference_mode():
+        assert backend(module, x) == "triton"
+    module(x)[0].sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_timed_as_the_call_is_but_for_many_steps(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "STEPS", (4,))
+    monkeypatch.setattr(tuning, "MOST_STEPS", 6)
+    seen: list[tuple[int, ...]] = []
+    run = dispatch.torch_lstm
+    monkeypatch.setattr(dispatch, "torch_lstm", lambda x, *a: seen.append(tuple(x.shape)) or run(x, *a))
+    gpu.seconds["torch"] = 1e-4
+    x = torch.randn(9, 3, 5)
+    TritonLSTM(5, 7)(x)
+    TritonLSTM(5, 8, batch_first=True)(x.transpose(0, 1))
+    TritonLSTM(5, 9)(pack_padded_sequence(x, [9, 4, 1]))
+    assert list(dict.fromkeys(seen)) == [(6, 3, 5), (9, 3, 5), (3, 6, 5), (3, 9, 5), (11, 5), (14, 5)]
+
+
+# What is odd
+
+
+def test_recurrent_dropout_is_for_ours_alone(gpu: Gpu) -> None:
+    gpu.seconds |= {"persistent": 5e-3, "torch": 1e-6}
+    module, x = TritonLSTM(5, 7, recurrent_dropout=0.5), torch.randn(9, 3, 5)
+    assert explained(module, x)[0] == "eager"
+    assert backend(module, x) == "triton"
+    assert set(gpu.timed) == {"persistent", "step"}
+    (result,) = tuning._results.values()
+    assert result.plan == STEP
+
+
+def test_wrong_kernels_are_not_taken(gpu: Gpu) -> None:
+    gpu.wrong = {"persistent"}
+    module, x = TritonLSTM(5, 7), torch.randn(9, 3, 5)
+    with pytest.warns(RuntimeWarning, match="persistent.* switched off .* h_n: off"):
+        module(x)
+    assert set(gpu.timed) == {"step", "torch"}
+    gpu.wrong = {"persistent", "step"}
+    with pytest.warns(RuntimeWarning, match="step.* switched off"):
+        assert backend(module.double(), x.double()) == "torch"
+    dropping = TritonLSTM(5, 7, recurrent_dropout=0.5, dtype=torch.float64)
+    assert backend(dropping, x.double()) == "eager"
+
+
+def test_a_winner_that_is_no_longer_right(gpu: Gpu, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept on disk as the fastest, but not as right: it is checked again, and the rest is timed again."""
+    module, x = TritonLSTM(5, 7), torch.randn(9, 3, 5)
+    module(x)
+    for path in cache.glob("qualified-*.json"):
+        path.unlink()
+    forget(monkeypatch)
+    gpu.wrong, gpu.timed = {"persistent"}, []
+    with pytest.warns(RuntimeWarning, match="persistent"):
+        module(x)
+    assert set(gpu.timed) == {"step", "torch"}
+
+
+def test_without_timing(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LSTM_TRITON_TUNE", "0")
+    module, x = TritonLSTM(5, 7), torch.randn(9, 3, 5)
+    assert backend(module, x) == "torch"  # which nothing predicts to be slower
+    gpu.plans, gpu.torch_predicted = [(STEP, 10e-6), (PERSISTENT, 30e-6)], 20e-6
+    assert backend(module, torch.randn(9, 8, 5)) == "triton"
+    (*_, result) = tuning._results.values()
+    assert result.plan == STEP
+    assert str(result) == (
+        "the model's choice, LSTM_TRITON_TUNE=0: step 16×16×16 num_warps=4 10 µs, PyTorch's operator 20 µs, "
+        "persistent 16×16×16 num_warps=4 30 µs"
+    )
+    gpu.torch_predicted = 9e-6
+    assert backend(module, torch.randn(9, 16, 5)) == "torch"
+    assert not gpu.timed and set(gpu.checked) == {"step", "persistent"}
+
+
+def test_nothing_is_tried_in_transforms_captures_and_subclasses(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = TritonLSTM(5, 7), torch.randn(9, 3, 5)
+    torch.func.grad(lambda x: module(x)[0].sum())(x)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module(torch.empty(9, 3, 5))
+
+    class Marked(torch.Tensor):
+        pass
+
+    module(x.as_subclass(Marked))
+    assert not gpu.timed and not gpu.checked
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    call = dispatch.Call(Cuda(), None, (x, x), [], None, False, False)  # type: ignore[arg-type]
+    assert on_gpu._untimable(call) == "a CUDA graph is being captured"
+
+
+class Cuda:
+    is_cuda = True
+
+
+def test_an_error_of_the_call_is_the_users(gpu: Gpu) -> None:
+    """Timing swallows it, the call does not."""
+    module = TritonLSTM(5, 7)
+    with pytest.raises(RuntimeError, match="data type"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module(torch.randn(9, 3, 5), (torch.zeros(1, 3, 7, dtype=torch.float64),) * 2)
