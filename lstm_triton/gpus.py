@@ -180,8 +180,8 @@ def _of(index: int) -> Gpu:
 def like(properties: Any) -> Gpu:
     """The GPU that has such `torch.cuda.get_device_properties`."""
     arch = getattr(properties, "gcnArchName", "").split(":")[0]
-    name = properties.name.lower()
-    known = next((GPUS[short] for words, short in _NAMES if re.search(words, name)), None)
+    short = name_of(properties.name)
+    known = GPUS[short] if short else None
     target = arch if arch.startswith("gfx") else f"sm_{properties.major}{properties.minor}"
     if known is None or known.target != target:
         known = replace(_fallback(target), name=properties.name, target=target, source="the driver; else assumed")
@@ -194,6 +194,11 @@ def like(properties: Any) -> Gpu:
     )
     l2 = getattr(properties, "L2_cache_size", 0) / MIB or known.l2_mib
     return replace(known, sms=properties.multi_processor_count, l2_mib=l2, limits=limits)
+
+
+def name_of(device: str) -> str | None:
+    """The table's name of a device that drivers call `device`, such as "NVIDIA H100 80GB HBM3"; None if it has none."""
+    return next((short for words, short in _NAMES if re.search(words, device.lower())), None)
 
 
 def _fallback(target: str) -> Gpu:

@@ -180,7 +180,7 @@ def with_surroundings(gpu: Gpu, terms: dict[str, float], work: Work, backward: b
     products = work.features * (layers if backward else 1)  # forward multiplies a wavefront's inner inputs in the loop
     if backward:
         products = 2 * products + work.size * layers  # gradients of input, weight_ih and weight_hh
-    peak = _flops_per_clock(gpu, work) * gpu.sms * gpu.clock_ghz * 1e3 * GEMM_EFFICIENCY  # a µs
+    peak = flops_per_clock(gpu, work) * gpu.sms * gpu.clock_ghz * 1e3 * GEMM_EFFICIENCY  # a µs
     terms["GEMMs"] = 2 * work.batch * gates * products / peak
     cells, item = work.batch * work.hidden * work.directions * layers, work.dtype.itemsize
     numbers = 5 * item + (4 * item + 4 if work.training else 0)  # forward: a in, h out, gates and c
@@ -191,7 +191,7 @@ def with_surroundings(gpu: Gpu, terms: dict[str, float], work: Work, backward: b
     return {name: value for name, value in terms.items() if value > 0}
 
 
-def _flops_per_clock(gpu: Gpu, work: Work) -> float:
+def flops_per_clock(gpu: Gpu, work: Work) -> float:
     """Of a multiprocessor, by tensor cores where they are allowed."""
     if work.dtype.itemsize == 2:
         return gpu.tensor_flops
@@ -213,7 +213,7 @@ def product_cycles(gpu: Gpu, work: Work, rows: int, inner: int, columns: int, sl
     Tensor cores: a slice's instructions wait for each other, and a quarter of a multiprocessor runs one at a time.
     """
     flops = 2 * rows * inner * columns
-    issue = flops / _flops_per_clock(gpu, work)
+    issue = flops / flops_per_clock(gpu, work)
     if not work.tensor_cores:
         return issue + SHARED_CYCLES
     used = min(4, max(slices, min(warps, slices * max(1, columns // 8) * max(1, rows // 16))))

@@ -148,7 +148,9 @@ def test_layers_on_a_gpu_get_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     def plan(dtype: torch.dtype) -> Plan:
         input = SimpleNamespace(is_cuda=True, size=lambda k: 40, dtype=dtype, device=torch.device("cuda"))
         dropout = SimpleNamespace(mask=None, seed=None)
-        layer: Any = SimpleNamespace(input=input, hx=states, cx=states, directions=[None, None], dropout=dropout)
+        layer: Any = SimpleNamespace(
+            input=input, hx=states, cx=states, directions=[None, None], dropout=dropout, records=True
+        )
         return launching.of(layer)
 
     call = Work(16, 256, 256, 40, 1024, HALF, directions=2)
