@@ -12,15 +12,12 @@ import torch
 
 from lstm_triton.gpus import KIB, Gpu
 from lstm_triton.model import Work, predict
-from lstm_triton.planning import STRATEGIES, Plan, tile
-
-# Bytes of recurrent weights that `persistent` may keep: an SM of sm_80 and newer has 256 KiB of registers, and there
-# the compiler puts those of fp16 and bf16; the rest is for states and gates.
-PERSISTENT_BYTES = 128 * KIB
+from lstm_triton.planning import PERSISTENT_BYTES, STRATEGIES, Plan, tile
 
 # The tiles of `cooperative`: slices and warps, and the rows and units that a program may have with them. Beyond these
 # the compiler spills registers in the loop of one of the passes (sm_80 to sm_120, Triton 3.7): with 64 rows it always
-# does, with 32 rows of 16 units in forward. Eight units are the fewest that tensor cores multiply at once.
+# does, with 32 rows of 16 units in forward. Eight units are the fewest that NVIDIA's tensor cores multiply at once;
+# those of AMD take 16.
 COOPERATIVE = {
     (4, 4): ((16, 8), (16, 16)),  # least to add up, and two programs may share a multiprocessor
     (4, 8): ((16, 8), (16, 16), (32, 8)),  # more rows to a thread's registers
@@ -29,8 +26,8 @@ COOPERATIVE = {
 # Of a thread's registers, what the rows that a product takes at a time may fill; more spills.
 OPERAND_SHARE = 0.51
 
-# Without tensor cores: rows, of which each is a product of its own, and bytes of weights in registers.
-MATVEC_ROWS, MATVEC_BYTES = 8, 96 * KIB
+# Without tensor cores: rows, of which each is a product of its own, and bytes of weights in registers, as float32.
+MATVEC_BYTES = {1: 96 * KIB, 2: 96 * KIB, 4: 96 * KIB, 8: 64 * KIB}
 
 
 def blocks_of(size: int, slices: int) -> tuple[int, int]:
@@ -122,7 +119,7 @@ def candidates(gpu: Gpu, work: Work, layers: int = 1, strategy: str | None = Non
     found = []
     for name in STRATEGIES if strategy is None else (strategy,):
         ways = {"persistent": _persistent, "cooperative": _cooperative, "step": _step}[name]
-        for plan in ways(work, layers, strategy is not None):
+        for plan in ways(gpu, work, layers, strategy is not None):
             if plan.layers == layers and not misfit(gpu, plan, work):
                 found.append(plan)
     return found
@@ -133,7 +130,7 @@ def why_not(gpu: Gpu, work: Work, layers: int, strategy: str) -> str:
     if layers > 1 and strategy != "cooperative":
         return "several layers share a launch by the strategy 'cooperative' alone"
     ways = {"persistent": _persistent, "cooperative": _cooperative, "step": _step}[strategy]
-    plans = list(ways(work, layers, False))
+    plans = list(ways(gpu, work, layers, False))
     if not plans:
         return "float32 and float64 products without TF32 take no tensor cores"
     return misfit(gpu, max(plans, key=lambda plan: held(gpu, plan, work) / _count(plan, work)), work)
@@ -144,30 +141,31 @@ def _count(plan: Plan, work: Work) -> int:
     return units * tiles * planes
 
 
-def _persistent(work: Work, layers: int, forced: bool) -> Iterator[Plan]:
+def _persistent(gpu: Gpu, work: Work, layers: int, forced: bool) -> Iterator[Plan]:
     plan = Plan("persistent", 16, tile(work.hidden), tile(work.size), 4)
     # tl.dot takes 16 rows or more; more programs with few rows each hide latency better.
     yield plan if weight_bytes(plan, work) <= 32 * KIB else Plan("persistent", 16, plan.block_h, plan.block_k, 8)
 
 
-def _cooperative(work: Work, layers: int, forced: bool) -> Iterator[Plan]:
-    hidden = work.hidden
+def _cooperative(gpu: Gpu, work: Work, layers: int, forced: bool) -> Iterator[Plan]:
+    hidden, least = work.hidden, 8 if gpu.is_nvidia else 16
     if work.tensor_cores or forced:
         for (slices, warps), tiles in COOPERATIVE.items():
             inner = sum(blocks_of(hidden, slices))
             if slices > 4 and inner > sum(blocks_of(hidden, 4)):
                 continue  # slices of padding
             for rows, units in tiles:
-                if rows <= tile(work.batch) and (units == 8 or units < 2 * hidden):
+                if rows <= tile(work.batch) and least <= units < max(2 * hidden, least + 1):
                     yield Plan("cooperative", rows, units, inner, warps, slices=slices, layers=layers)
-    if work.batch <= MATVEC_ROWS and not work.training and work.dtype != torch.float64:
-        rows, inner = 1 << (work.batch - 1).bit_length(), sum(blocks_of(hidden, 1))
+    rows = 1 << (work.batch - 1).bit_length()
+    if rows in MATVEC_BYTES and not work.training and work.dtype != torch.float64:
+        inner = sum(blocks_of(hidden, 1))
         for units in (4, 8, 16):
-            if 4 * 4 * units * inner <= MATVEC_BYTES:
+            if 4 * 4 * units * inner <= MATVEC_BYTES[rows]:
                 yield Plan("cooperative", rows, units, inner, 8, matvec=True, layers=layers)
 
 
-def _step(work: Work, layers: int, forced: bool) -> Iterator[Plan]:
+def _step(gpu: Gpu, work: Work, layers: int, forced: bool) -> Iterator[Plan]:
     for inner in (64, 32, 16):  # as many as two stages have room for
         yield Plan("step", 16, min(tile(work.hidden), 32), min(tile(work.size), inner), 4, num_stages=2)
 
