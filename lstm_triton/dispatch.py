@@ -45,25 +45,25 @@ def auto(call: Call, run: Callable[..., Any]) -> str:
     On a GPU the first call of its kind is timed (`lstm_triton.tuning`), after the kernels that may run it are found
     right there (`lstm_triton.qualification`).
     """
-    return _choice(call, run)[0]
+    return on_gpu.choose(call, run) if _is_timed(call) else _by_rule(call)[0]
 
 
 def why_auto(call: Call) -> tuple[str, str]:
     """What `auto` would return and, in words, why. Times nothing, runs nothing."""
-    return _choice(call, None)
+    return on_gpu.why(call) if _is_timed(call) else _by_rule(call)
 
 
-def _choice(call: Call, run: Callable[..., Any] | None) -> tuple[str, str]:
-    """PyTorch's operator wherever it does the job and nothing is faster; without `run` nothing is tried."""
+def _is_timed(call: Call) -> bool:
+    return call.input.is_cuda and not torch.compiler.is_compiling() and has_triton()
+
+
+def _by_rule(call: Call) -> tuple[str, str]:
+    """PyTorch's operator wherever it does the job and nothing here is known to be faster."""
     input, packed, drops, options = call.input, call.batch_sizes is not None, call.drops, call.options
     compiling = torch.compiler.is_compiling()
     why = "PyTorch's operator has no recurrent dropout" if drops else "torch.compile would unroll PyTorch's operator"
-    if input.is_cuda:
-        if compiling:
-            return ("triton" if has_triton() else "eager"), why
-        if not has_triton():
-            return ("eager", why) if drops else ("torch", "Triton is not installed")
-        return on_gpu.choose(call, run)
+    if input.is_cuda and compiling and has_triton():
+        return "triton", why
     on_cpu = input.device.type == "cpu"
     if on_cpu and not compiling and has_native():
         (_, batch, size), hidden, directions = call.hx[0].shape, call.hx[1].size(2), 1 + options.bidirectional

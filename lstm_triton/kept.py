@@ -74,11 +74,12 @@ def cpu_name() -> str:
 
 
 def triton_version() -> str:
-    """Triton's version; "none" where it isn't installed."""
+    """Triton's version, and whether its interpreter is asked for; "none" where it isn't installed."""
     try:
-        return importlib.import_module("triton").__version__
+        found = importlib.import_module("triton").__version__
     except ImportError:
         return "none"
+    return f"{found}, interpreted" if os.environ.get("TRITON_INTERPRET", "0") == "1" else found
 
 
 @functools.cache

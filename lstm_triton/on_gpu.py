@@ -26,25 +26,34 @@ MOST_PLANS = 3  # of ours that are timed for a bucket
 Run = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def choose(call: "Call", run: Run | None) -> tuple[str, str]:
-    """The backend for a call and, in words, why.
+def choose(call: "Call", run: Run) -> str:
+    """The backend for a call on a GPU with Triton; by `lstm_triton.functional.run` it is tried what isn't known yet."""
+    return _backend(_result(call, run))
 
-    Args:
-        call: on a GPU with Triton.
-        run: `lstm_triton.functional.run`, to try what isn't known yet; None: it is said what would be tried.
-    """
+
+def why(call: "Call") -> tuple[str, str]:
+    """What `choose` would return and, in words, why or what it would try first."""
+    result = _result(call, None)
+    return _backend(result), f"PyTorch's operator has no recurrent dropout; {result}" if call.drops else str(result)
+
+
+def _backend(result: Result) -> str:
+    if result.plan is not None:
+        return "triton"
+    return "eager" if result.winner == EAGER else "torch"
+
+
+def _result(call: "Call", run: Run | None) -> Result:
     device, dtype = call.input.device, call.input.dtype
     if dtype == torch.float32 and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     if dtype not in DTYPES.values():
-        return "torch", f"there are no kernels here for {dtype}"
+        return Result(EAGER if call.drops else TORCH, None, f"there are no kernels here for {dtype}")
     o, packed = call.options, call.batch_sizes is not None
     steps = call.input.size(1 if o.batch_first else 0) if call.batch_sizes is None else call.batch_sizes.size(0)
     kind = call.save, packed, call.drops, bool(o.recompute)
     bucket = Bucket.of(dtype, call.input.size(-1), *call.hx, o.num_layers, steps, *kind)
-    result = tuning.known(device, bucket) or _found(call, run, bucket)
-    why = f"PyTorch's operator has no recurrent dropout; {result}" if call.drops else str(result)
-    return "triton" if result.plan is not None else "eager" if result.winner == EAGER else "torch", why
+    return tuning.known(device, bucket) or _found(call, run, bucket)
 
 
 def proposals(bucket: Bucket, device: torch.device) -> list[tuple[Plan | None, float | None]]:

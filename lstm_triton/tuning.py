@@ -7,6 +7,7 @@ operator, run that very call in turns. With `LSTM_TRITON_TUNE=0` nothing is time
 import os
 import statistics
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -27,7 +28,7 @@ MARGIN, MOST_OF_ROUNDS = 0.03, 0.75
 BUDGET, LEAST_ROUNDS, MOST_ROUNDS = 0.3, 3, 50
 # A candidate of ours that takes so many times as long as another in each of so many rounds gets no further ones.
 HOPELESS, HOPELESS_ROUNDS = 2.0, 2
-# Upper ends of the buckets of T. Times go with T beyond the last, so that no more than so many steps are timed.
+# Upper ends of the buckets of T. Times go with T beyond the last: no more steps are timed, of a call in the same bucket.
 STEPS = (1, 4, 16, 64, 256)
 MOST_STEPS = 512
 
@@ -50,6 +51,13 @@ class Bucket(NamedTuple):
     packed: bool
     drops: bool  # whether recurrent dropout is active
     recompute: bool
+
+    def __str__(self) -> str:
+        most = f"T≤{self.steps}" if self.steps else f"T>{STEPS[-1]}"
+        sizes = f"I={self.features} H={self.hidden} K={self.size} L={self.layers} D={self.directions}"
+        kind = ["training" if self.training else "inference", "packed" if self.packed else "dense"]
+        kind += ["recurrent dropout"] * self.drops + ["recompute"] * self.recompute
+        return f"{self.precision}, {sizes} B≤{self.batch} {most}, {', '.join(kind)}"
 
     @classmethod
     def of(
@@ -75,9 +83,11 @@ class Bucket(NamedTuple):
             training, packed, drops, recompute: as of the fields.
         """
         (count, batch, size), hidden = hx.shape, cx.size(2)
-        rows, end = 1 << (batch - 1).bit_length(), next((end for end in STEPS if steps <= end), 0)
-        sizes = hidden, size, features, count // layers, layers, rows, end
-        return cls(precision(dtype, hx.device), *sizes, training, packed, drops, training and recompute)
+        end = STEPS[bisect_left(STEPS, steps)] if steps <= STEPS[-1] else 0
+        return cls(
+            precision(dtype, hx.device), hidden, size, features, count // layers, layers,
+            1 << (batch - 1).bit_length(), end, training, packed, drops, training and recompute,
+        )  # fmt: skip
 
 
 class Candidate(NamedTuple):

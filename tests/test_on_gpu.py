@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lstm_triton import TritonLSTM, dispatch, functional, kept, on_gpu, qualification, tuning
+from lstm_triton import TritonLSTM, dispatch, functional, gpus, kept, on_gpu, qualification, tuning
 from lstm_triton.planning import Plan
 
 MACHINE = kept.Machine("Some GPU, 8 SMs", "1.2", "2.13", "3.7", "0.1", "cafe")
@@ -74,8 +74,8 @@ def gpu(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(tuning, "clock", clock)
     monkeypatch.setattr(qualification, "check", check)
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
-    monkeypatch.setattr(dispatch, "auto", lambda call, run: on_gpu.choose(call, watched)[0])
-    monkeypatch.setattr(dispatch, "why_auto", lambda call: on_gpu.choose(call, None))
+    monkeypatch.setattr(dispatch, "auto", lambda call, run: on_gpu.choose(call, watched))
+    monkeypatch.setattr(dispatch, "why_auto", on_gpu.why)
     yield played
 
 
@@ -153,6 +153,25 @@ def test_explaining_tries_nothing(gpu: Gpu, cache: Path) -> None:
         "num_warps=4 and step 16×16×16 num_warps=4 and PyTorch's operator",
     )
     assert not gpu.timed and not gpu.checked and not list(cache.glob("*.json")) and not tuning._results
+
+
+@pytest.mark.parametrize("name", ["h100", "rtx4090", "mi300x"])
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_proposals(name: str, projected: bool, drops: bool, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few plans and PyTorch's operator, the fastest first; none that the call can't run by."""
+    monkeypatch.setattr(gpus, "of", lambda device: gpus.named(name))
+    bucket = tuning.Bucket("bf16", 256, 64 if projected else 256, 64, 1, 2, 32, 0, True, False, drops, recompute)
+    found = on_gpu.proposals(bucket, torch.device("cuda", 0))
+    plans = [plan for plan, _ in found if plan is not None]
+    times = [seconds for plan, seconds in found if plan is not None and seconds is not None]
+    assert 1 <= len(plans) <= on_gpu.MOST_PLANS and times == sorted(times) and times[0] > 0
+    assert (None in [plan for plan, _ in found]) == (not drops)
+    if projected and drops:
+        assert "cooperative" not in [plan.strategy for plan in plans]
+    if recompute:
+        assert all(plan.layers == 1 for plan in plans)
 
 
 # What nothing may see of it
