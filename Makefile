@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 READY = $(VENV)/.ready
 RUN = $(VENV)/bin/python -m
+INTERPRETED = $(addprefix tests/test_,values.py dropout.py recompute.py grid_simulator.py races.py)
 
 .PHONY: bench test lint smoke clean
 
@@ -12,7 +13,7 @@ bench: $(READY)
 # Natively on a CPU, or on a GPU; then a part in Triton's interpreter.
 test: $(READY)
 	$(RUN) pytest
-	TRITON_INTERPRET=1 $(RUN) pytest -m interpreted tests/test_values.py tests/test_dropout.py tests/test_recompute.py
+	TRITON_INTERPRET=1 $(RUN) pytest -m interpreted $(INTERPRETED)
 
 lint: $(READY)
 	$(RUN) ruff check .
