@@ -28,7 +28,7 @@ MARGIN, MOST_OF_ROUNDS = 0.03, 0.75
 BUDGET, LEAST_ROUNDS, MOST_ROUNDS = 0.3, 3, 50
 # A candidate of ours that takes so many times as long as another in each of so many rounds gets no further ones.
 HOPELESS, HOPELESS_ROUNDS = 2.0, 2
-# Upper ends of the buckets of T. Times go with T beyond the last: no more steps are timed, of a call in the same bucket.
+# Upper ends of the buckets of T. Beyond the last times go with T, and a call of no more steps than these is timed.
 STEPS = (1, 4, 16, 64, 256)
 MOST_STEPS = 512
 
@@ -124,6 +124,11 @@ _tuning = threading.Lock()
 def known(device: torch.device, bucket: Bucket) -> Result | None:
     """The result that this process has."""
     return _results.get((device, bucket))
+
+
+def has_plans() -> bool:
+    """Whether `plan_for` may know any: never where nothing was measured, as on a CPU."""
+    return bool(_results or _trials)
 
 
 def plan_for(device: torch.device, bucket: Bucket) -> Plan | None:
