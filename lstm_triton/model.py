@@ -290,7 +290,7 @@ def _step(gpu: Gpu, plan: "Plan", work: Work, backward: bool) -> dict[str, float
     way = "backward" if backward else "forward"
     waves = -(-crowd // held)
     weights = 4 * work.hidden * work.size * item * work.directions
-    l2 = waves * rounds * gpu.l2.cycles / plan.num_stages + crowd * loaded / l2_rate(gpu, programs)
+    l2 = waves * rounds * gpu.l2.cycles / (plan.num_stages - 1) + crowd * loaded / l2_rate(gpu, programs)
     if weights > gpu.l2_mib * 2**20:
         l2 = max(l2, weights / (gpu.memory_gbs / gpu.clock_ghz))
     product = crowd * product_cycles(gpu, work, rows, rounds * plan.block_k, columns, 1, plan.num_warps)

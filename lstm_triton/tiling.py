@@ -26,6 +26,16 @@ COOPERATIVE = {
 # Of a thread's registers, what the rows that a product takes at a time may fill; more spills.
 OPERAND_SHARE = 0.51
 
+# The tiles of `step`: rows, units, inner dimension, warps, stages of loads. 128 rows, or 64 of 64 units, spill.
+STEP = (
+    (16, 32, 64, 4, 2),  # few rows: many programs, whose loads hide each other's latency
+    (16, 16, 64, 4, 4),  # twice as many, which load three tiles ahead
+    (16, 16, 128, 4, 3),  # half as many loads that wait for each other
+    (64, 32, 64, 8, 2),  # many rows: each tile of weights is read for four times as many
+    (16, 32, 32, 4, 2),  # where shared memory is small or numbers are large
+    (16, 16, 16, 4, 2),
+)
+
 # Without tensor cores: rows, of which each is a product of its own, and bytes of weights in registers, as float32.
 MATVEC_BYTES = {1: 96 * KIB, 2: 96 * KIB, 4: 96 * KIB, 8: 64 * KIB}
 
@@ -50,7 +60,7 @@ def shared_bytes(plan: Plan, work: Work, backward: bool = False) -> int:
     """Shared memory of a program, at most."""
     item, rows, units = work.dtype.itemsize, plan.block_b, plan.block_h
     if plan.strategy == "step":
-        return plan.num_stages * (rows + 4 * units) * plan.block_k * item
+        return plan.num_stages * (rows + 4 * units) * plan.block_k * item + 128  # and sm_100's barriers
     if plan.strategy == "persistent":
         folded = units * plan.block_k if work.size != work.hidden else 0
         # Beside the weights the compiled backward holds up to five operand tiles of the batch.
@@ -166,8 +176,11 @@ def _cooperative(gpu: Gpu, work: Work, layers: int, forced: bool) -> Iterator[Pl
 
 
 def _step(gpu: Gpu, work: Work, layers: int, forced: bool) -> Iterator[Plan]:
-    for inner in (64, 32, 16):  # as many as two stages have room for
-        yield Plan("step", 16, min(tile(work.hidden), 32), min(tile(work.size), inner), 4, num_stages=2)
+    for rows, units, inner, warps, stages in STEP:
+        if rows > tile(work.batch) or (rows > 16 and not gpu.is_nvidia and work.dtype.itemsize > 2):
+            continue  # in float32 it spills on AMD
+        units, inner = min(tile(work.hidden), units), min(tile(work.size), inner)
+        yield Plan("step", rows, units, inner, warps, num_stages=stages)
 
 
 @lru_cache(maxsize=1024)
