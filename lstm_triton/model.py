@@ -35,17 +35,18 @@ class Meeting(NamedTuple):
     relaunch_ns: float  # from one launch to the next, where none waits for the CPU
 
 
-# The one table of constants. flash-vla: github.com/revollllt/flash-vla, .claude/skills/hardware-unit-test: programs
-# that all arrive at once; what waiting for the slowest adds is not in it. MI355X: `this_grid().sync()` of 64 and 256
-# programs, 7.4 and 25 µs. No entry is from this project's kernels.
+# The one table of constants; no entry is from this project's kernels. Repositories on GitHub whose measurements are
+# taken: revollllt/flash-vla (.claude/skills/hardware-unit-test), lblommesteyn/3080lab, Quitetall/tritium,
+# AFDEAPAC/aiter. Barriers are `this_grid().sync()` of cooperative groups, which does what ours does, of programs that
+# arrive together: what waiting for the slowest adds is not in it.
 MEETINGS = {
     "sm_80": Meeting(1490, 0.3, 1400),  # assumed, as of 2026: sm_90's in cycles
     "sm_86": Meeting(930, 1.4, 1000),  # 3080lab (RTX 3080): 1.0 µs for 68 to 136 programs, 1.3 for 272
-    "sm_89": Meeting(640, 2.6, 1000),  # tritium's notes (RTX 4090): 0.64 to 0.98 µs; a graph's node 0.77 to 1.22
+    "sm_89": Meeting(640, 2.6, 1000),  # tritium (RTX 4090): 0.64 to 0.98 µs; a graph's node 0.77 to 1.22
     "sm_90": Meeting(1058, 0.24, 1400),  # flash-vla (H100): 1066 ns for 32 programs, 1089 for 132
     "sm_100": Meeting(1058, 0.24, 1400),  # assumed, as of 2026: as sm_90
     "sm_120": Meeting(575, 0.16, 837),  # flash-vla (RTX 5090): 583 ns for 32 programs, 599 for 132
-    "gfx90a": Meeting(1520, 92, 5000),  # assumed, as of 2026: as gfx950 (MI355X), whose caches need as much
+    "gfx90a": Meeting(1520, 92, 5000),  # assumed as gfx950, aiter (MI355X): 7.4 µs for 64 programs, 25 for 256
     "gfx942": Meeting(1520, 92, 5000),
 }
 MMA_CYCLES = {
@@ -54,13 +55,13 @@ MMA_CYCLES = {
     "sm_86": 35,  # assumed: as sm_120
     "sm_89": 35,  # assumed: as sm_120
     "sm_90": 25,  # flash-vla (H100), bfloat16: 25.1
-    "sm_100": 21,  # as others report of B300: 20.8
-    "sm_120": 35,  # as others report of SM120: 35
+    "sm_100": 21,  # assumed, as of 2026: 20.8 are reported of B300
+    "sm_120": 35,  # assumed, as of 2026: 35 are reported of it
     "gfx90a": 32,  # AMD CDNA 2 instruction set: v_mfma_f32_16x16x16, 8 passes of 4 cycles
     "gfx942": 32,  # assumed: as gfx90a
 }
 SHARED_BYTES_PER_CLOCK = 128  # CUDA C++ Programming Guide: 32 banks of 4 bytes
-SHARED_CYCLES = 29  # Luo et al. 2025 (arXiv 2501.12084): H800; others find the same of B200
+SHARED_CYCLES = 29  # Luo et al. 2025 (arXiv 2501.12084): H800
 L2_BYTES_PER_CLOCK = 64  # most that a multiprocessor takes: assumed, as of 2026
 MEMORY_CYCLES = 656  # Luo et al. 2025: H800, a load from memory
 SPECIAL_PER_CLOCK = 16  # exponentials and reciprocals of a multiprocessor: CUDA C++ Programming Guide
