@@ -1,4 +1,4 @@
-"""Ways to get `lstm_triton.kernels.barrier` wrong, each of which leaves accesses that nothing orders."""
+"""Ways to get `lstm_triton.kernels.barrier` wrong: programs that don't wait for all others, or forever."""
 
 import pytest
 import triton
@@ -42,6 +42,11 @@ def arrive_of_one_less(counter_ptr, leads, programs):
 
 
 @triton.jit
+def arrive_of_one_more(counter_ptr, leads, programs):
+    return right_arrive(counter_ptr, leads, programs + 1)
+
+
+@triton.jit
 def wait_for_others_group(counter_ptr, arrived, rounds):
     other = tl.where(tl.program_id(1) == 0, _SPACING, -_SPACING)
     return right_wait(counter_ptr + other, arrived, rounds)
@@ -57,7 +62,8 @@ def wait_with_all_groups(counter_ptr, arrived, rounds):
     return right_wait(counter_ptr - tl.program_id(1) * _SPACING, arrived, rounds)
 
 
-# What each has in the place of `arrive` and of `wait`. The last two: for groups along `tl.program_id(1)`, two or more.
+# What each has in the place of `arrive` and of `wait`. The last two are for two groups or more, along
+# `tl.program_id(1)`, with the counter of each after that of the one before.
 MUTANTS = {
     "relaxed arrival": (relaxed_arrive, right_wait),
     "relaxed wait": (right_arrive, relaxed_wait),
@@ -67,10 +73,11 @@ MUTANTS = {
     "another group's counter": (right_arrive, wait_for_others_group),
     "a counter for all groups": (arrive_with_all_groups, wait_with_all_groups),
 }
+ONE_TOO_MANY = "one arrival too many"  # not among them: a deadlock, where those are races
 
 
 def put_in(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that call `barrier.arrive` and `barrier.wait` call the mutant's."""
-    arrive, wait = MUTANTS[name]
+    arrive, wait = (arrive_of_one_more, right_wait) if name == ONE_TOO_MANY else MUTANTS[name]
     monkeypatch.setattr(barrier, "arrive", arrive)
     monkeypatch.setattr(barrier, "wait", wait)

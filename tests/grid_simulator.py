@@ -303,7 +303,7 @@ class _Simulation:
 
 def _addresses(pointers: Any, mask: Any) -> tuple[np.ndarray, int]:
     """The addresses that aren't masked off, and how many bytes are accessed at each."""
-    chosen = pointers.data if mask is None else pointers.data[np.asarray(mask.data)]
+    chosen = pointers.data if mask is None else pointers.data[np.asarray(mask.data, bool)]
     return np.ravel(chosen), max(1, pointers.get_element_ty().primitive_bitwidth // 8)
 
 

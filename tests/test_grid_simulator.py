@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from barrier_mutants import MUTANTS, put_in  # noqa: E402
+from barrier_mutants import MUTANTS, ONE_TOO_MANY, put_in  # noqa: E402
 from grid_simulator import Deadlock, OutOfBounds, Race, Run, simulate, simulated  # noqa: E402
 
 from checks import Case, assert_close, forced, results  # noqa: E402
@@ -66,7 +66,7 @@ def hand_over_early(x_ptr, value, counter_ptr, leads, programs):
 def sums_kernel(
     y_ptr,  # (GROUPS, PROGRAMS) int32 in and out
     x_ptr,  # (2, GROUPS, PROGRAMS) int32 scratch
-    counter_ptr, failed_ptr, steps, rounds, missing, GROUPS: tl.constexpr, PROGRAMS: tl.constexpr,
+    counter_ptr, failed_ptr, steps, rounds, GROUPS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """In each step a program's number becomes its index and the sum of its group's."""
     p, group = tl.program_id(0), tl.program_id(1)
@@ -74,7 +74,7 @@ def sums_kernel(
     value = tl.load(y_ptr + group * PROGRAMS + p)
     for step in range(steps):
         at = x_ptr + (slot_of(step) * GROUPS + group) * PROGRAMS
-        arrived = hand_over(at + p, value, counter_ptr, p == 0, PROGRAMS + missing)
+        arrived = hand_over(at + p, value, counter_ptr, p == 0, PROGRAMS)
         rounds = barrier.wait(counter_ptr, arrived, rounds)  # waits
         value = p + tl.sum(tl.load(at + tl.arange(0, PROGRAMS)))
     tl.store(y_ptr + group * PROGRAMS + p, value)
@@ -86,7 +86,7 @@ GROUPS, PROGRAMS, STEPS = 2, 4, 4
 INDICES = [(p, group) for p in range(PROGRAMS) for group in range(GROUPS)]
 
 
-def sums(rounds: int = 1000, missing: int = 0, **options: Any) -> tuple[Run, bool, int]:
+def sums(rounds: int = 1000, **options: Any) -> tuple[Run, bool, int]:
     """The launch, whether its values are right, and how many of its programs gave up."""
     y = torch.arange(GROUPS * PROGRAMS, dtype=torch.int32).view(GROUPS, PROGRAMS)
     expected = y
@@ -94,7 +94,7 @@ def sums(rounds: int = 1000, missing: int = 0, **options: Any) -> tuple[Run, boo
         expected = torch.arange(PROGRAMS) + expected.sum(1, keepdim=True)
     counters, failed = zeros(GROUPS, barrier.SPACING), zeros(1)
     run = simulate(
-        sums_kernel, (PROGRAMS, GROUPS), [y, zeros(2, GROUPS, PROGRAMS), counters, failed, STEPS, rounds, missing],
+        sums_kernel, (PROGRAMS, GROUPS), [y, zeros(2, GROUPS, PROGRAMS), counters, failed, STEPS, rounds],
         {"GROUPS": GROUPS, "PROGRAMS": PROGRAMS}, **options,
     )  # fmt: skip
     return run, torch.equal(y, expected.int()), int(failed)
@@ -142,24 +142,23 @@ def test_same_seed_same_order() -> None:
 # ---- Waiting in vain ----
 
 
-def test_deadlock_before_the_kernel_gives_up() -> None:
+def test_deadlock_before_the_kernel_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each waits for an arrival that never comes; the message names all of them, where they are and for what."""
+    put_in(ONE_TOO_MANY, monkeypatch)
     with pytest.raises(Deadlock) as caught:
-        sums(missing=1, rounds=1000)
+        sums(rounds=1000)
     for p, group in INDICES:
         text = rf"program \({p}, {group}, 0\) waits for counter_ptr\[{group}, 0\] at barrier.py:\d+, called at "
         assert caught.match(text + line("waits"))
 
 
-def test_kernel_gives_up_before_a_deadlock() -> None:
-    """Fewer looks than it takes: what the kernel makes of it is seen."""
-    _, right, failed = sums(missing=1, rounds=50, races=False)
+def test_kernel_gives_up_before_a_deadlock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer looks than it takes: what the kernel makes of it is seen, and is a race."""
+    put_in(ONE_TOO_MANY, monkeypatch)
+    _, right, failed = sums(rounds=50, races=False)
     assert not right and failed == GROUPS * PROGRAMS
-
-
-def test_kernel_that_gives_up_has_races() -> None:
     with pytest.raises(Race):
-        sums(missing=1, rounds=50)
+        sums(rounds=50)
 
 
 @triton.jit
@@ -360,7 +359,8 @@ def test_orders() -> None:
 def pieces_kernel(x_ptr, y_ptr, n, FIRST: tl.constexpr, LENGTH: tl.constexpr):
     """Program p copies LENGTH elements from x[FIRST + p n] on to y[p n] on."""
     at = tl.program_id(0) * n + tl.arange(0, 8)
-    mask = tl.arange(0, 8) < LENGTH
+    none = 0
+    mask = (tl.arange(0, 8) < LENGTH) & (none == 0)  # interpreted, numbers rather than truth values
     x = tl.load(x_ptr + FIRST + at, mask=mask, other=0)  # copy loads
     tl.store(y_ptr + at, x, mask=mask)  # copy stores
 
