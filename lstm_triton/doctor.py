@@ -155,7 +155,7 @@ def _kernels(device: torch.device, qualify: bool) -> bool:
 
 def _cache(devices: list[torch.device]) -> Iterator[str]:
     folder = build.cache_folder()
-    sizes = [path.stat().st_size for path in folder.glob("*") if path.is_file()]
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     yield f"{folder}: {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB"
     setting = f"LSTM_TRITON_TUNE={os.environ.get('LSTM_TRITON_TUNE', 'not set')}"
     yield f"calls on a GPU are {'timed' if tuning.enabled() else 'not timed'} ({setting})"

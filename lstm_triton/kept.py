@@ -1,6 +1,6 @@
 """What was found out about a device, kept on disk: which kernels are right there, and which are fast.
 
-A result is a file of JSON under a line with its checksum, `{kind}-{device}-{key}.json` in the cache's folder
+A result is a file of JSON under a line with its checksum, `devices/{kind}-{device}-{key}.json` in the cache's folder
 (`LSTM_TRITON_CACHE`). The key covers what the result is about and all that it depends on: the model of the device, the
 driver, the versions and the library's own source. Results of other versions stay and are not looked at.
 """
@@ -94,6 +94,11 @@ def _source() -> str:
     return digest.hexdigest()[:16]
 
 
+def folder() -> Path:
+    """Where results are."""
+    return build.cache_folder() / "devices"
+
+
 def read(kind: str, of: Machine, about: Mapping[str, Any]) -> dict[str, Any] | None:
     """The result of this kind that `write` kept; None where there is none, or none to be trusted."""
     path, key = _place(kind, of, about)
@@ -121,7 +126,7 @@ def write(kind: str, of: Machine, about: Mapping[str, Any], result: Mapping[str,
 
 def entries(kind: str) -> Iterator[dict[str, Any]]:
     """All results of a kind that are on disk, of any machine and version, damaged ones left out."""
-    for path in sorted(build.cache_folder().glob(f"{kind}-*.json")):
+    for path in sorted(folder().glob(f"{kind}-*.json")):
         try:
             yield json.loads(path.read_text(encoding="utf-8").partition("\n")[2])
         except (OSError, ValueError):
@@ -144,4 +149,4 @@ def summary(error: BaseException) -> str:
 def _place(kind: str, of: Machine, about: Mapping[str, Any]) -> tuple[Path, str]:
     key = hashlib.sha256(json.dumps([kind, of, about], sort_keys=True).encode()).hexdigest()
     device = re.sub(r"[^a-z0-9]+", "-", of.device.lower()).strip("-")[:40]
-    return build.cache_folder() / f"{kind}-{device}-{key[:16]}.json", key
+    return folder() / f"{kind}-{device}-{key[:16]}.json", key

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lstm_triton import gpus, kept, launching, planning, reference, tiling
-from lstm_triton.cpu import build
 from lstm_triton.model import Work
 from lstm_triton.tolerances import DTYPES, TOLERANCES, precision
 
@@ -86,7 +85,7 @@ def qualified(strategy: str, name: str, projected: bool, device: torch.device) -
         if known is None:
             logger.warning(  # because someone waits
                 "lstm_triton: checking the kernels of %s in %s on %s, once (up to a minute, they compile); kept in %s",
-                *(repr(strategy), name, kept.machine(device).device, build.cache_folder()),
+                *(repr(strategy), name, kept.machine(device).device, kept.folder()),
             )
             known = qualify(strategy, name, projected, device)
         return known == PASSED

@@ -21,19 +21,9 @@ pytestmark = [
 MACHINE = kept.Machine("Some GPU, 8 SMs", "1.2", "2.13", "3.7", "0.1", "cafe")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Compiled kernels stay there from test to test."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("LSTM_TRITON_CACHE", str(folder))
-        yield folder
-
-
 @pytest.fixture(autouse=True)
-def _fresh(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for path in cache.glob("*.json"):
-        path.unlink()
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "folder", lambda: tmp_path)  # compiled kernels stay where they are
     monkeypatch.setattr(qualification, "_states", {})
     monkeypatch.setattr(kept, "_said", set())
 
@@ -43,7 +33,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]
     return status, capsys.readouterr().out
 
 
-def test_says_what_there_is(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_says_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out = said(capsys)
     assert status == 0 and out.endswith("\nall that should work here does\n")
     for expected in (
@@ -56,10 +46,10 @@ def test_says_what_there_is(cache: Path, capsys: pytest.CaptureFixture[str]) -> 
         "eager: works\n",
         "triton: works\n",
         "auto: works, a small layer by torch (",
-        str(cache),
+        str(build.cache_folder()),
     ):
         assert expected in out
-    assert out.count("not run") == 4 * len(doctor.WAYS) and "\x1b" not in out and not list(cache.glob("*.json"))
+    assert out.count("not run") == 4 * len(doctor.WAYS) and "\x1b" not in out and not list(tmp_path.iterdir())
 
 
 def test_qualifies(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,13 +116,13 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert line == "cuda:1: Some GPU, 80.0 GiB, 8 SMs, sm_90, driver 1.2.3"
 
 
-def test_what_was_timed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "machine", lambda device: MACHINE)
     bucket = tuning.Bucket("fp16", 64, 64, 32, 1, 2, 16, 0, True, False, True, False)
     result = {"winner": "one", "plan": None, "microseconds": {"one": 41, "other": 1063}, "failed": {}}
     kept.write("tuned", MACHINE, bucket._asdict(), result)
     kept.write("tuned", MACHINE._replace(driver="1.1"), bucket._asdict(), result)
-    (cache / "tuned-damaged.json").write_text("// \n{")
+    (tmp_path / "tuned-damaged.json").write_text("// \n{")
     _, _, counts, entry = doctor._cache([torch.device("cuda", 0)])
     assert counts == "kinds of calls that were timed: 1 here, 1 elsewhere or by other versions"
     kind = "fp16, I=32 H=64 K=64 L=2 D=1 B≤16 T>256, training, dense, recurrent dropout"

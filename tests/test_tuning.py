@@ -28,7 +28,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("LSTM_TRITON_TUNE", raising=False)
     monkeypatch.setattr(kept, "machine", lambda device: MACHINE)
     forget(monkeypatch)
-    yield tmp_path / "cache"
+    yield tmp_path / "cache" / "devices"
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
