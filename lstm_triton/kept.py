@@ -22,6 +22,7 @@ import torch
 
 from lstm_triton.cpu import build
 
+REPORT = "please open an issue with the output of `python -m lstm_triton doctor`"
 _DRIVERS = ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version")
 _said: set[str] = set()
 

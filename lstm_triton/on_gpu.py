@@ -15,13 +15,14 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lstm_triton import gpus, qualification, report, tuning
 from lstm_triton.planning import Plan
-from lstm_triton.tolerances import DTYPES
+from lstm_triton.tolerances import DTYPES, TOLERANCES, excess
 from lstm_triton.tuning import EAGER, TORCH, Bucket, Candidate, Result, name_of
 
 if TYPE_CHECKING:
     from lstm_triton.dispatch import Call
 
 MOST_PLANS = 3  # of ours that are timed for a bucket
+COMPARED = 2**22  # elements of a plan's results, about
 
 Run = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -103,7 +104,7 @@ def _found(call: "Call", run: Run | None, bucket: Bucket) -> Result:
     if not tuning.enabled():
         return tuning.remember(device, bucket, tuning.predicted(candidates))
     with _undisturbed(call):
-        return tuning.tune(device, bucket, candidates, tuning.clock(device))
+        return tuning.tune(device, bucket, candidates, tuning.clock(device), _comparison(call, run, bucket))
 
 
 def _unmeasured(bucket: Bucket, device: torch.device, why: str) -> Result:
@@ -153,8 +154,8 @@ def _untimable(call: "Call") -> str:
     return ""
 
 
-def _again(call: "Call", run: Run, backend: str) -> Callable[[], None]:
-    """The call once more by a backend, with gradients that go nowhere and the steps that are timed.
+def _again(call: "Call", run: Run, backend: str) -> Callable[[], list[Tensor]]:
+    """The call once more by a backend, with the steps that are timed: its output and gradients, which go nowhere.
 
     Without dropout between layers, for which cuDNN would set up its random numbers.
     """
@@ -167,17 +168,42 @@ def _again(call: "Call", run: Run, backend: str) -> Callable[[], None]:
         input = input.narrow(axis, 0, min(input.size(axis), tuning.MOST_STEPS))
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in (input, *call.hx, *call.weights)]
     wanted = [x for x in leaves if x.requires_grad]
+    device = input.device
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
     # Where a backward may follow cuDNN wants to be told that it trains.
     p = (o.recurrent_dropout or 0.5) if call.drops else 0.0
     options = o._replace(backend=backend, dropout=0.0, recurrent_dropout=p, training=call.save or call.drops)
 
-    def once() -> None:
+    def once() -> list[Tensor]:
+        if call.drops:  # all draw the same masks
+            generator.manual_seed(0)
         x, h, c, *weights = leaves
         output = run(x, batch_sizes, (h, c), weights, options)[0]
-        if call.save:
-            torch.autograd.grad(output, wanted, output.detach())
+        gradients = torch.autograd.grad(output, wanted, output.detach()) if call.save else ()
+        return [output.detach(), *gradients]
 
     return once
+
+
+def _comparison(call: "Call", run: Run, bucket: Bucket) -> Callable[[list[Tensor]], str]:
+    """What says how a plan's results differ from PyTorch's: small layers have shown the strategy to be right, but by
+    other tiles. Of the call's own weights and dtype, thus to ten times the tolerances and what PyTorch may round."""
+    again = _again(call, run, "eager" if call.drops else "torch")
+    name, steps = bucket.precision, bucket.steps or tuning.MOST_STEPS
+    rounded = torch.finfo(DTYPES[name]).eps * steps**0.5  # sums over the steps, in the dtype itself
+
+    def wrong(found: list[Tensor]) -> str:
+        for k, (x, expected) in enumerate(zip(found, again(), strict=True)):
+            atol, rtol = (10 * tolerance + rounded for tolerance in TOLERANCES[name])
+            every = max(1, x.numel() // COMPARED)
+            x, expected = (t.flatten()[::every].double() for t in (x, expected))
+            error = excess(x, expected, atol, rtol) if expected.isfinite().all() else None
+            if error is not None:
+                what = "its output" if k == 0 else f"gradient {k}"
+                return f"{what} is off by {error:.1e} of the largest element of PyTorch's"
+        return ""
+
+    return wrong
 
 
 @contextmanager

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from lstm_triton import gpus, kept, launching, planning, reference, tiling
 from lstm_triton.model import Work
-from lstm_triton.tolerances import DTYPES, TOLERANCES, precision
+from lstm_triton.tolerances import DTYPES, TOLERANCES, excess, precision
 
 logger = logging.getLogger("lstm_triton")
 
 PASSED, NO_PLAN = "passed", "no plan fits"
-REPORT = "please open an issue with the output of `python -m lstm_triton doctor`"
 
 
 class Case(NamedTuple):
@@ -107,7 +106,9 @@ def qualify(strategy: str, name: str, projected: bool, device: torch.device) -> 
     machine, about = kept.machine(device), _about(strategy, name, projected)
     if wrong:
         what = f"{strategy!r} in {name}{' with projections' if projected else ''}"
-        kept.warn(f"{about}", f"kernels of the strategy {what} are switched off on {machine.device}: {wrong}; {REPORT}")
+        kept.warn(
+            f"{about}", f"kernels of the strategy {what} are switched off on {machine.device}: {wrong}; {kept.REPORT}"
+        )
     if lasting:
         kept.write("qualified", machine, about, {"state": found})
     return found
@@ -119,10 +120,9 @@ def check(case: Case, strategy: str, name: str, device: torch.device) -> str | N
     with _undisturbed(name, device), planning.force(strategy):
         pairs = _both(case, DTYPES[name], device)
     for what, (found, expected) in pairs.items():
-        scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
-        error = (found.to("cpu", torch.float64) - expected).abs() / scale
-        if not (error <= atol + rtol * expected.abs() / scale).all():  # nor is NaN right
-            return f"{what} of {case}: off by {error.max():.1e} of its largest element, tolerance {atol:.0e}"
+        error = excess(found, expected, atol, rtol)
+        if error is not None:
+            return f"{what} of {case}: off by {error:.1e} of its largest element, tolerance {atol:.0e}"
     return None
 
 
@@ -146,7 +146,7 @@ def cases(strategy: str, projected: bool) -> tuple[Case, ...]:
 
 
 def _both(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
-    """Outputs and gradients of a layer, ours and in float64 on the CPU."""
+    """Outputs in training and in inference, and gradients, of a layer: ours and in float64 on the CPU."""
     # Not at the top: what this is imported by is imported there.
     from lstm_triton import functional
 
@@ -173,9 +173,9 @@ def _both(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, tup
     names = ["output", "h_n", "c_n", "the input's gradient", "h_0's gradient", "c_0's gradient"]
     names += [f"the gradient of weight {k}" for k in range(len(weights))]
 
-    def run(ours: bool) -> list[Tensor]:
+    def run(ours: bool, training: bool) -> list[Tensor]:
         place, kind = (device, dtype) if ours else (torch.device("cpu"), torch.float64)
-        x, h, c, *w = (t.to(place, kind).requires_grad_() for t in (input, hx, cx, *weights))
+        x, h, c, *w = (t.to(place, kind).requires_grad_(training) for t in (input, hx, cx, *weights))
         m = None if mask is None else mask.to(place, kind)
         two, layers = directions == 2, case.layers
         if ours:
@@ -185,10 +185,15 @@ def _both(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, tup
             )  # fmt: skip
         else:
             outputs = reference.lstm(x, (h, c), w, batch_sizes, layers, case.bias, two, mask=m)
+        if not training:
+            return list(outputs)
         gradients = torch.autograd.grad(outputs, [x, h, c, *w], [d.to(place, kind) for d in doutputs])
         return [t.detach() for t in (*outputs, *gradients)]
 
-    return dict(zip(names, zip(run(True), run(False), strict=True), strict=True))
+    expected = run(False, True)
+    pairs = dict(zip(names, zip(run(True, True), expected, strict=True), strict=True))
+    inference = zip(names[:3], run(True, False), expected[:3], strict=True)
+    return pairs | {f"{name} in inference": (found, right) for name, found, right in inference}
 
 
 @contextmanager

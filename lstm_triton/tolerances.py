@@ -4,6 +4,7 @@
 """
 
 import torch
+from torch import Tensor
 
 from lstm_triton.recurrence import rnn_precision
 
@@ -38,3 +39,12 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
         if known == dtype:
             return name
     raise ValueError(f"kernels take {', '.join(DTYPES)}, got {dtype}")
+
+
+def excess(found: Tensor, expected: Tensor, atol: float, rtol: float) -> float | None:
+    """The largest error of `found`, relative to the largest element of `expected`; None where all are tolerated."""
+    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    error = (found.to(expected) - expected).abs() / scale
+    if (error <= atol + rtol * expected.abs() / scale).all():  # which NaN isn't
+        return None
+    return error.max().item()

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ class Candidate(NamedTuple):
 
     name: str
     plan: Plan | None  # None: PyTorch's operator
-    run: Callable[[], object]  # the call; kernels in it run by the plan
+    run: Callable[[], object]  # the call, its results; kernels in it run by the plan
     predicted: float | None = None  # seconds
 
 
@@ -171,7 +171,13 @@ def predicted(candidates: Sequence[Candidate]) -> Result:
     return Result(best.name, best.plan, "the model's choice, LSTM_TRITON_TUNE=0", seconds)
 
 
-def tune(device: torch.device, bucket: Bucket, candidates: Sequence[Candidate], timed: Clock) -> Result:
+def tune(
+    device: torch.device,
+    bucket: Bucket,
+    candidates: Sequence[Candidate],
+    timed: Clock,
+    wrong: Callable[[Any], str] = lambda results: "",
+) -> Result:
     """Times the candidates; the process has the result from then on and, where nothing was in the way, the disk.
 
     Args:
@@ -179,6 +185,7 @@ def tune(device: torch.device, bucket: Bucket, candidates: Sequence[Candidate], 
         bucket: of the call that they run.
         candidates: one at least, the one that should be the fastest first.
         timed: the device's `clock`.
+        wrong: what is wrong with the results of a plan, which is not taken then, in words; "" if nothing is.
     """
     with _tuning:  # two threads would time each other's
         found = known(device, bucket)
@@ -186,7 +193,8 @@ def tune(device: torch.device, bucket: Bucket, candidates: Sequence[Candidate], 
             return found
         by_name = {candidate.name: candidate for candidate in candidates}
         try:
-            rounds, failed = _race(device, bucket, candidates, timed)
+            running, failed = _right(device, bucket, candidates, wrong)
+            rounds = _race(device, bucket, running, timed, failed)
         except torch.OutOfMemoryError as error:
             usual, why = by_name.get(TORCH, candidates[0]), "no memory to time kernels in"
             kept.warn("memory", f"{why}; such calls run by {usual.name} ({kept.summary(error)})")
@@ -220,14 +228,33 @@ def winner(rounds: Mapping[str, Sequence[float]]) -> str:
     return best if faster and sum(a < b for a, b in pairs) >= MOST_OF_ROUNDS * len(pairs) else TORCH
 
 
-def _race(
-    device: torch.device, bucket: Bucket, candidates: Sequence[Candidate], timed: Clock
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """The seconds of each candidate in each round, and why those that failed did."""
-    rounds: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
+def _right(
+    device: torch.device, bucket: Bucket, candidates: Sequence[Candidate], wrong: Callable[[Any], str]
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Runs each candidate once, which compiles it; those that are right, and what is wrong with the others."""
     failed: dict[str, str] = {}
-    running = list(candidates)
-    spent, count = 0.0, -1  # what compiles is no round yet
+    for candidate in candidates:
+        try:
+            with _trial(device, bucket, candidate.plan):
+                results = candidate.run()
+            found = wrong(results) if candidate.plan is not None else ""
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            failed[candidate.name] = kept.summary(error)
+            continue
+        if found:
+            failed[candidate.name] = found
+            kept.warn(f"wrong {candidate.plan}", f"{candidate.name} is not taken for {bucket}: {found}; {kept.REPORT}")
+    return [candidate for candidate in candidates if candidate.name not in failed], failed
+
+
+def _race(
+    device: torch.device, bucket: Bucket, running: list[Candidate], timed: Clock, failed: dict[str, str]
+) -> dict[str, list[float]]:
+    """The seconds of each candidate in each round; why one fails is added to `failed`."""
+    rounds: dict[str, list[float]] = {candidate.name: [] for candidate in running}
+    spent, count = 0.0, 0
     while running and (count < LEAST_ROUNDS or (len(running) > 1 and count < MOST_ROUNDS and spent < BUDGET)):
         for candidate in running if count % 2 else running[::-1]:
             try:
@@ -238,15 +265,14 @@ def _race(
             except Exception as error:
                 failed[candidate.name] = kept.summary(error)
                 continue
-            if count >= 0:
-                rounds[candidate.name].append(seconds)
-                spent += seconds
+            rounds[candidate.name].append(seconds)
+            spent += seconds
         count += 1
         running = [candidate for candidate in running if candidate.name not in failed]
         if count == HOPELESS_ROUNDS and running:
             limit = HOPELESS * min(min(rounds[candidate.name]) for candidate in running)
             running = [c for c in running if c.name == TORCH or min(rounds[c.name]) <= limit]
-    return {name: times for name, times in rounds.items() if name not in failed}, failed
+    return {name: times for name, times in rounds.items() if name not in failed}
 
 
 @contextmanager

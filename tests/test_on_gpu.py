@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lstm_triton import TritonLSTM, dispatch, gpus, kept, on_gpu, qualification, tuning
+from lstm_triton import TritonLSTM, dispatch, gpus, kept, launching, on_gpu, qualification, tuning
 from lstm_triton.planning import Plan
 
 MACHINE = kept.Machine("Some GPU, 8 SMs", "1.2", "2.13", "3.7", "0.1", "cafe")
@@ -251,6 +251,36 @@ def test_wrong_kernels_are_not_taken(gpu: Gpu) -> None:
         assert backend(module.double(), x.double()) == "torch"
     dropping = TritonLSTM(5, 7, recurrent_dropout=0.5, dtype=torch.float64)
     assert backend(dropping, x.double()) == "eager"
+
+
+@pytest.mark.parametrize("wrong", ["output", "gradient", "nan", "nothing"])
+def test_results_of_the_call_itself_are_compared(wrong: str, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small layers have shown the strategy to be right, but not with these tiles."""
+    gpu.plans = [(STEP, None)]
+    forward, backward = launching.Kernels.forward, launching.Kernels.backward
+
+    def wrong_forward(self: Any, window: Any, output: torch.Tensor, *arguments: Any) -> Any:
+        found = forward(self, window, output, *arguments)
+        if wrong in ("output", "nan"):
+            output[-1] += 0.1 if wrong == "output" else float("nan")
+        return found
+
+    def wrong_backward(*arguments: Any) -> Any:
+        found = backward(*arguments)
+        return found._replace(dhx=found.dhx + 0.1) if wrong == "gradient" else found
+
+    monkeypatch.setattr(launching.Kernels, "forward", wrong_forward)
+    monkeypatch.setattr(launching.Kernels, "backward", wrong_backward)
+    module, x = TritonLSTM(5, 7), torch.randn(9, 3, 5)
+    h = torch.zeros(1, 3, 7, requires_grad=True)
+    if wrong == "nothing":
+        assert backend(module, x) == "triton"
+        assert backend(module, torch.full((9, 8, 5), float("nan"))) == "triton"  # nothing to compare with
+        return
+    with pytest.warns(RuntimeWarning, match="step 16×16×16 num_warps=4 is not taken for fp32, .* is off by"):
+        module(x, (h, h))
+    (result,) = tuning._results.values()
+    assert result.winner == tuning.TORCH and "is off by" in result.failed[tuning.name_of(STEP)]
 
 
 def test_a_winner_that_is_no_longer_right(gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
