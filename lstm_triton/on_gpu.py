@@ -109,7 +109,8 @@ def _found(call: "Call", run: Run | None, bucket: Bucket) -> Result:
 
 def _unmeasured(bucket: Bucket, device: torch.device, why: str) -> Result:
     """What runs while nothing can be tried: PyTorch, but with recurrent dropout kernels that are known to be right."""
-    for plan, _ in proposals(bucket, device) if bucket.drops else ():
+    if bucket.drops:
+        plan, _ = proposals(bucket, device)[0]  # as layers choose by themselves
         if _is_right(plan, bucket, device, False):
             return Result(name_of(plan), plan, why)
     return Result(EAGER if bucket.drops else TORCH, None, why)

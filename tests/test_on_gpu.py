@@ -240,6 +240,24 @@ def test_recurrent_dropout_is_for_ours_alone(gpu: Gpu) -> None:
     assert result.plan == STEP
 
 
+def test_dropout_where_nothing_is_tried(gpu: Gpu) -> None:
+    """Kernels only if those that run without a measurement are known to be right; PyTorch's operations otherwise."""
+    module, x = TritonLSTM(5, 7, recurrent_dropout=0.5), torch.randn(9, 3, 5)
+
+    class Marked(torch.Tensor):
+        pass
+
+    def chosen() -> str:
+        return explained(module, x.as_subclass(Marked))[0]
+
+    assert chosen() == "eager"
+    qualification.qualify("step", "fp32", False, x.device)
+    assert chosen() == "eager"  # layers would run by the first plan, which isn't that
+    qualification.qualify("persistent", "fp32", False, x.device)
+    assert chosen() == "triton"
+    assert not gpu.timed and not tuning._results
+
+
 def test_wrong_kernels_are_not_taken(gpu: Gpu) -> None:
     gpu.wrong = {"persistent"}
     module, x = TritonLSTM(5, 7), torch.randn(9, 3, 5)
