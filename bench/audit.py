@@ -14,125 +14,24 @@ import os
 import queue
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bench import audit_report
+from bench.audit_cases import CASES, GPUS, SAMPLED, Case, Job, jobs_of, plan_of, precision_of
 from bench.files import write_atomically
 from bench.results import Record
-from lstm_triton import gpus, launching, tiling
+from lstm_triton import gpus
 from lstm_triton.gpus import Gpu
-from lstm_triton.model import Work
-from lstm_triton.planning import Plan
-from lstm_triton.recurrence import Direction, Layer, Layout, RecurrentDropout, state_dtype
 
 FOLDER = Path(__file__).resolve().parents[1] / "reports" / "audit"
-# A GPU of each target.
-GPUS = ("a100", "a10", "l4", "h100", "b200", "rtx5090", "mi250x", "mi300x")
-# "tf32" is float32 as PyTorch's setting for RNNs has it by default, with TF32 where the GPU has that.
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
-STEPS = 64
 LIMIT = 120.0  # seconds
-SAMPLED, APART = 19, 3  # of a sample: one case of so many for each GPU, and from one GPU's to the next one's
-
-
-class Case(NamedTuple):
-    """One pass over one layer, in the form "L2" over two, whose input is as wide as h."""
-
-    run: str  # one of `lstm_triton.machine_code.PASSES`
-    batch: int
-    hidden: int
-    dtype: str
-    form: str = ""  # or "D2", "L2", "ragged", "dropout", "projection"
-
-    def __str__(self) -> str:
-        form = f"-{self.form}" if self.form else ""
-        return f"{self.run} B{self.batch}-H{self.hidden}-{self.dtype}{form}"
-
-    @property
-    def size(self) -> int:
-        """K."""
-        return self.hidden // 2 if self.form == "projection" else self.hidden
-
-    def layer(self) -> Layer:
-        """The layer, without memory."""
-        dtype, directions, h, k = DTYPES[self.dtype], 2 if self.form == "D2" else 1, self.hidden, self.size
-        layout = Layout.dense(STEPS, self.batch)
-        if self.form == "ragged":
-            layout = Layout.of(STEPS * self.batch - self.batch // 2, self.batch, _batch_sizes(self.batch))
-
-        def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        w_hr = tensor(k, h) if k != h else None
-        weights: Direction = tensor(4 * h, h), tensor(4 * h, k), tensor(4 * h), tensor(4 * h), w_hr
-        seed = tensor(1, dtype=torch.int64) if self.form == "dropout" else None
-        states = tensor(directions, self.batch, k), tensor(directions, self.batch, h, dtype=state_dtype(dtype))
-        return Layer(
-            tensor(layout.total, h), *states, [weights] * directions, layout, RecurrentDropout(seed=seed, p=0.25)
-        )
-
-
-def _batch_sizes(batch: int) -> torch.Tensor:
-    """(STEPS,) of which the last is half of the others."""
-    return torch.tensor([batch] * (STEPS - 1) + [batch - batch // 2])
-
-
-def _cases() -> Iterator[Case]:
-    sizes = (32, 64, 100, 128, 192, 256, 300, 384, 512, 650, 768, 1024, 1536, 2048, 4096)
-    for hidden in sizes:
-        for run in ("inference", "forward", "backward"):
-            yield Case(run, 32, hidden, "fp16")
-    for dtype in ("bf16", "tf32", "fp32"):
-        for hidden in (64, 128, 300, 512, 1024):
-            for run in ("forward", "backward"):
-                yield Case(run, 32, hidden, dtype)
-    for batch in (1, 8, 128, 1024):
-        for hidden in (64, 256, 1024, 2048):
-            for run in ("inference", "backward"):
-                yield Case(run, batch, hidden, "fp16")
-    for form in ("D2", "L2", "ragged", "dropout", "projection"):
-        for hidden in (128, 650):
-            for run in ("forward", "backward"):
-                yield Case(run, 32, hidden, "bf16", form)
-    for hidden in (64, 1024):
-        yield Case("rebuild", 32, hidden, "fp16", "dropout")
-
-
-CASES = tuple(_cases())
-Job = tuple[Case, Gpu]
-
-
-def jobs_of(gpu_names: Sequence[str], only: str = "", sample: bool = False) -> list[Job]:
-    """The cases whose name has `only` in it, on each of the GPUs; of a sample some of them on each."""
-    return [
-        (case, gpus.named(name))
-        for k, case in enumerate(CASES)
-        for name in gpu_names
-        if only in str(case) and (not sample or (k + APART * GPUS.index(name)) % SAMPLED == 0)
-    ]
-
-
-def precision_of(case: Case, gpu: Gpu) -> str:
-    """Of products, as `lstm_triton.recurrence.rnn_precision` has it there."""
-    return "ieee" if case.dtype == "fp32" or not gpu.is_nvidia else "tf32"
-
-
-def plan_of(case: Case, gpu: Gpu) -> Plan:
-    """What the library chooses there."""
-    dtype, directions = DTYPES[case.dtype], 2 if case.form == "D2" else 1
-    sizes = case.batch, case.hidden, case.size, case.hidden, launching.STEPS
-    precision = precision_of(case, gpu) if dtype == torch.float32 else "ieee"
-    work = Work(*sizes, dtype, directions, precision, training=case.run != "inference")
-    front = tiling.wavefront(gpu, work, 2) if case.form == "L2" else None
-    return front or tiling.choose(gpu, work)
 
 
 def audit(case: Case, gpu: Gpu) -> list[Record]:

@@ -116,10 +116,11 @@ def markdown(records: Sequence[Record], environment: Record, drawn: bool) -> str
 
 
 _METHOD = (
-    "**Compiled for these GPUs, not run on them.** Each case is a pass over a layer (inference; training's forward, "
-    "which keeps gates; backward; rebuild, which makes kept values anew) of B batch rows and H hidden units. What the "
-    "library would launch for it on a GPU is compiled to that GPU's machine code, with the launch's own types, "
-    f"constants and options, and disassembled. All numbers are in `{CSV}`, a row for each kernel."
+    "**Compiled for these GPUs, not run on them.** Each case is a pass over a layer of B batch rows and H hidden "
+    "units: inference; training's forward, which keeps gates; backward; rebuild, which makes kept values anew; or "
+    "drop, dropout between layers. What the library would launch for it on a GPU is compiled to that GPU's machine "
+    f"code, with the launch's own types, constants and options, and disassembled. All numbers are in `{CSV}`, a row "
+    "for each kernel."
 )
 
 _RULES = (
@@ -176,7 +177,10 @@ def draw(records: Sequence[Record]) -> Figure:
         names = limits.setdefault(r["shared_limit"] / 1024, [])
         if r["target"] not in names:
             names.append(r["target"])
-    _limits(panels[:, 1], [("limit of " + ", ".join(names), value) for value, names in limits.items()])
+    _limits(
+        panels[:, 1],
+        [("limit of " + ", ".join(t for t in _COLOURS if t in names), value) for value, names in limits.items()],
+    )
     for panel in panels[1]:
         panel.set_xlabel("hidden size H")
     targets = [

@@ -7,8 +7,7 @@
 import re
 import subprocess
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from lstm_triton import kernels, launching
+from lstm_triton import dropout as masks
+from lstm_triton import kernels, launching, ttgir
 from lstm_triton.kernels import launch
 from lstm_triton.planning import Plan
 from lstm_triton.recurrence import Layer, Window, state_dtype
 
-PASSES = ("inference", "forward", "backward", "rebuild")  # forward keeps what backward wants; rebuild: `recompute`
+# Forward keeps what backward wants; "rebuild" is of `recompute`, "drop" dropout between layers.
+PASSES = ("inference", "forward", "backward", "rebuild", "drop")
 
 
 @dataclass
@@ -68,6 +69,9 @@ def calls(plan: Plan, layer: Layer, run: str, arch: str, precision: str = "ieee"
     kept = state_dtype(layer.input.dtype)
     output = layer.input.new_empty(layer.layout.total, hx.size(0) * hx.size(2))
     with _recorded(plan, layer, arch, precision) as found:
+        if run == "drop":
+            launching.drop(layer.input, torch.empty(1, dtype=torch.int64, device="meta"), masks.BETWEEN, 0.5)
+            return found
         if plan.layers > 1:
             _run_wavefront(plan, layer, run, output)
             return found
@@ -176,7 +180,7 @@ def usage(call: Call) -> Usage:
     asm, metadata = kernel.asm, kernel.metadata
     measured = _read_amdgcn(asm["amdgcn"]) if "amdgcn" in asm else _read_cubin(asm["cubin"])
     loaded = {False: 0, True: 0}
-    for name, in_loop, size in loads(asm["ttgir"], arguments):
+    for name, in_loop, size in ttgir.loads(asm["ttgir"], arguments):
         if re.fullmatch(r"w_(\w+_)?ptr", name):
             loaded[in_loop] += size
     return Usage(
@@ -234,119 +238,3 @@ def _count(code: str, wanted: str, label: str, branch: str) -> tuple[int, int]:
         elif re.search(wanted, line):
             places.append(k)
     return len(places), sum(any(k in loop for loop in loops) for k in places)
-
-
-_LOCATION = re.compile(r"\s+loc\(.*$")
-_NAME = re.compile(r"%[\w$.-]+(?:#\d+)?")
-_LOAD = re.compile(r"\w*\.(?!local_)\w*(?:load|copy_global_to_local|gather|atomic)")
-
-
-@dataclass
-class _Region:
-    op: str
-    results: list[str]
-    carried: list[str]  # arguments of a loop's body
-    passed: list[str]  # of scf.while: what its condition hands on
-
-
-def loads(ttgir: str, arguments: Sequence[str]) -> list[tuple[str, bool, int]]:
-    """The loads of a kernel from global memory: from which argument, whether in a loop, how many bytes.
-
-    A load's pointers are followed back to the kernel's arguments, through loops and branches. Bytes are those of a
-    program's tile, masked elements among them; a load in a loop counts once.
-
-    Args:
-        ttgir: the kernel in Triton's GPU dialect.
-        arguments: names of its arguments, in order.
-
-    Raises:
-        NotImplementedError: there are loops that aren't structured.
-    """
-    lines = [_LOCATION.sub("", line).strip() for line in ttgir.splitlines()]
-    head = next(k for k, line in enumerate(lines) if line.startswith("tt.func"))
-    origins = {value: {name} for value, name in zip(_NAME.findall(_head(ttgir)), arguments, strict=True)}
-    while True:
-        known = sum(map(len, origins.values()))
-        found = _loads(lines[head + 1 :], origins)
-        if sum(map(len, origins.values())) == known:  # a loop may carry what its end only says
-            return found
-
-
-def _head(ttgir: str) -> str:
-    """The kernel's arguments, each followed by its location."""
-    line = next(line for line in ttgir.splitlines() if line.lstrip().startswith("tt.func"))
-    return re.sub(r'"[^"]*"', "", line)
-
-
-def _loads(lines: Sequence[str], origins: dict[str, set[str]]) -> list[tuple[str, bool, int]]:
-    """One pass over a kernel's operations, which adds to `origins`: from which arguments each value derives."""
-    found = []
-    regions: list[_Region] = []
-    labels = set()
-
-    def derive(values: Sequence[str], sources: Sequence[str]) -> None:
-        for value, source in zip(values, sources, strict=False):
-            if source in origins:
-                origins.setdefault(value, set()).update(origins[source])
-
-    for line in lines:
-        if line.startswith("}"):
-            if not regions:
-                break
-            if not line.endswith("{"):  # else the other branch, or a loop's body behind its condition
-                regions.pop()
-            continue
-        if line.startswith("^"):
-            labels.add(line[1:].split("(")[0].rstrip(":"))
-            if regions and regions[-1].op == "scf.while":
-                derive(_NAME.findall(line), regions[-1].passed)
-            continue
-        left, _, text = line.partition(" = ") if line.startswith("%") else ("", "", line)
-        named = re.match(r'"?([\w.]+)', text)
-        if not named:
-            continue
-        op, operands, results = named[1], _NAME.findall(text), _results(left)
-        if op in ("cf.br", "cf.cond_br") and labels & set(re.findall(r"\^(\w+)", text)):
-            raise NotImplementedError(f"a loop that isn't structured: {line}")
-        if op == "scf.yield":
-            region = regions[-1]
-            derive(region.carried, operands)
-            if region.op != "scf.while":
-                derive(region.results, operands)
-        elif op == "scf.condition":
-            regions[-1].passed = operands[1:]
-            derive(regions[-1].results, operands[1:])
-        elif op in ("scf.for", "scf.while", "scf.if") or text.endswith("{"):
-            pairs = re.findall(r"(%[\w$.-]+) = (%[\w$.#-]+)", text)[op == "scf.for" :]  # the first is its variable
-            carried, starts = [a for a, _ in pairs], [b for _, b in pairs]
-            derive(carried, starts)
-            if op == "scf.for":
-                derive(results, starts)
-            regions.append(_Region(op, results, carried, []))
-        elif _LOAD.match(op):
-            in_loop = any(region.op in ("scf.for", "scf.while") for region in regions)
-            sources = set().union(*(origins.get(operand, set()) for operand in operands))
-            found += [(name, in_loop, _bytes(text)) for name in sorted(sources)]
-        else:
-            for operand in operands:
-                derive(results, [operand] * len(results))
-    return found
-
-
-def _results(left: str) -> list[str]:
-    """The names of an operation's results: "%x", "%x, %y" or "%x:2"."""
-    if ":" in left:
-        name, count = left.split(":")
-        return [f"{name}#{k}" for k in range(int(count))]
-    return _NAME.findall(left)
-
-
-def _bytes(text: str) -> int:
-    """Of the tile that a load takes, from its types."""
-    types = Counter[int]()
-    for shape, bits in re.findall(r"<((?:\d+x)*)(?:!tt\.ptr<)?[a-z]+(\d+)\b", text.rsplit(" : ", 1)[-1]):
-        size = int(bits) // 8
-        for extent in shape.split("x")[:-1]:
-            size *= int(extent)
-        types[size] += 1
-    return max(types, default=0)

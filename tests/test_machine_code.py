@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import audit, audit_report
+from bench import audit, audit_cases, audit_report
 from lstm_triton import TritonLSTM, dispatch, gpus, launching
 from lstm_triton.planning import Plan
 
@@ -190,15 +190,15 @@ def test_calls_are_those_of_a_launch(strategy: str, form: str, monkeypatch: pyte
         plan = dataclasses.replace(plan, block_k=16)
     monkeypatch.setattr(launching, "of", lambda layer: plan)
     launched = spied(monkeypatch)
-    case = audit.Case("forward", 3, 32, "fp32", form)
+    case = audit_cases.Case("forward", 3, 32, "fp32", form)
     layer = case.layer()
     lstm = TritonLSTM(
         32, 32, proj_size=16 if form == "projection" else 0, bidirectional=form == "D2", backend="triton",
         **{"recurrent_dropout": 0.25} if form == "dropout" else {},
     )  # fmt: skip
-    x: Any = torch.randn(audit.STEPS, 3, 32)
+    x: Any = torch.randn(audit_cases.STEPS, 3, 32)
     if form == "ragged":
-        x = torch.nn.utils.rnn.PackedSequence(torch.randn(layer.input.shape), audit._batch_sizes(3))
+        x = torch.nn.utils.rnn.PackedSequence(torch.randn(layer.input.shape), audit_cases.batch_sizes(3))
     output = lstm(x)[0]
     (output.data if form == "ragged" else output).sum().backward()
     seen = set(launched)
@@ -213,37 +213,37 @@ def test_other_layers_run_while_calls_are_listed() -> None:
     lstm = TritonLSTM(8, 8, backend="triton")
     x = torch.randn(3, 2, 8)
     wanted = lstm(x)[0]
-    with machine_code._recorded(STRATEGIES["step"], audit.CASES[0].layer(), "sm_90", "ieee") as found:
+    with machine_code._recorded(STRATEGIES["step"], audit_cases.CASES[0].layer(), "sm_90", "ieee") as found:
         assert torch.equal(lstm(x)[0], wanted)
     assert found == []
 
 
 def test_layers_with_memory_are_refused() -> None:
-    layer = audit.CASES[0].layer()._replace(input=torch.zeros(2, 32))
+    layer = audit_cases.CASES[0].layer()._replace(input=torch.zeros(2, 32))
     with pytest.raises(ValueError, match="meta"):
         machine_code.calls(STRATEGIES["step"], layer, "forward", "sm_90")
-    with pytest.raises(ValueError, match="inference, forward, backward, rebuild"):
-        machine_code.calls(STRATEGIES["step"], audit.CASES[0].layer(), "training", "sm_90")
+    with pytest.raises(ValueError, match="inference, forward, backward, rebuild, drop"):
+        machine_code.calls(STRATEGIES["step"], audit_cases.CASES[0].layer(), "training", "sm_90")
 
 
 # The command
 
 
 def test_all_targets_have_all_cases() -> None:
-    jobs = audit.jobs_of(audit.GPUS)
-    assert len(set(audit.CASES)) == len(audit.CASES) >= 40
-    assert len({str(case) for case in audit.CASES}) == len(audit.CASES)
+    jobs = audit_cases.jobs_of(audit_cases.GPUS)
+    assert len(set(audit_cases.CASES)) == len(audit_cases.CASES) >= 40
+    assert len({str(case) for case in audit_cases.CASES}) == len(audit_cases.CASES)
     targets = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"}
-    assert {(str(case), gpu.target) for case, gpu in jobs} == {(str(c), t) for c in audit.CASES for t in targets}
+    assert {(str(case), gpu.target) for case, gpu in jobs} == {(str(c), t) for c in audit_cases.CASES for t in targets}
 
 
 def test_sample_has_something_of_everything() -> None:
-    jobs = audit.jobs_of(audit.GPUS, sample=True)
-    assert {gpu.name for _, gpu in jobs} == set(audit.GPUS)
+    jobs = audit_cases.jobs_of(audit_cases.GPUS, sample=True)
+    assert {gpu.name for _, gpu in jobs} == set(audit_cases.GPUS)
     for field in ("run", "dtype", "form", "batch"):
-        assert {getattr(case, field) for case, _ in jobs} == {getattr(case, field) for case in audit.CASES}
-    every = {audit.plan_of(case, gpu).strategy for case, gpu in audit.jobs_of(audit.GPUS)}
-    assert {audit.plan_of(case, gpu).strategy for case, gpu in jobs} == every
+        assert {getattr(case, field) for case, _ in jobs} == {getattr(case, field) for case in audit_cases.CASES}
+    every = {audit_cases.plan_of(case, gpu).strategy for case, gpu in audit_cases.jobs_of(audit_cases.GPUS)}
+    assert {audit_cases.plan_of(case, gpu).strategy for case, gpu in jobs} == every
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ def test_kernels_of_the_sample_keep_to_the_rules(sampled: Any) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = list(csv.DictReader((folder / "audit.csv").read_text().splitlines()))
     assert {(r["case"], r["gpu"]) for r in rows} == {
-        (str(case), gpu.name) for case, gpu in audit.jobs_of(audit.GPUS, sample=True)
+        (str(case), gpu.name) for case, gpu in audit_cases.jobs_of(audit_cases.GPUS, sample=True)
     }
     assert not [r for r in rows if r["violations"]]
     assert all(int(r["registers"]) > 0 for r in rows)
@@ -270,13 +270,13 @@ def test_kernels_of_the_sample_keep_to_the_rules(sampled: Any) -> None:
 def test_the_report_says_that_nothing_ran(sampled: Any) -> None:
     text = (sampled[1] / "README.md").read_text()
     assert "Compiled for these GPUs, not run on them" in text
-    assert triton.__version__ in text and "--sample" in text and "no violations" in text
+    assert triton.__version__ in text and "--sample" in text and "cases on 8 targets" in text
     assert (sampled[1] / "audit.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_exit_status_says_whether_a_rule_is_broken(broken: bool, monkeypatch: Any, capsys: Any) -> None:
-    case, gpu = audit.CASES[0], gpus.named("a100")
+    case, gpu = audit_cases.CASES[0], gpus.named("a100")
     found = audit._named(case, gpu) | {"kernel": "forward_kernel", "violations": ["spills a lot"] * broken}
     monkeypatch.setattr(audit, "run", lambda *_: [found])
     assert audit.main(["--targets", "sm_80"]) == int(broken)
@@ -291,7 +291,7 @@ def test_options_that_make_no_sense_are_refused(options: str, capsys: Any) -> No
 
 
 def test_a_case_that_takes_too_long_or_does_not_compile_is_a_violation(monkeypatch: Any) -> None:
-    jobs = audit.jobs_of(["a100"])[:2]
+    jobs = audit_cases.jobs_of(["a100"])[:2]
     monkeypatch.setattr(audit, "audit", time.sleep)  # takes a number, which a case isn't
     (first,), (second,) = (audit.run([job], 1, 60.0) for job in jobs)
     assert first["case"] == str(jobs[0][0]) and "does not compile" in first["violations"][0]
