@@ -21,7 +21,7 @@ INTERPRETED_ROUNDS = 2**12  # in Triton's interpreter, which runs no two program
 
 @triton.jit
 def arrive(counter_ptr, leads, programs):
-    """Says that what this program wrote may be read; returns the counter as it was.
+    """Says that what this program wrote may be read.
 
     Args:
         counter_ptr: int32, shared by the programs that meet.
@@ -30,19 +30,29 @@ def arrive(counter_ptr, leads, programs):
     """
     tl.debug_barrier()
     adds = tl.where(leads, 2147483647 - (programs - 2), 1)
-    return tl.atomic_add(counter_ptr, adds, sem="release")
+    tl.atomic_add(counter_ptr, adds, sem="release")  # whose result nobody waits for
 
 
 @triton.jit
-def wait(counter_ptr, arrived, rounds):
+def before(counter_ptr):
+    """The counter before a program's first arrival, without which the top bit stays as it is; `~` of it at each next.
+
+    Args:
+        counter_ptr: as of `arrive`.
+    """
+    return tl.atomic_add(counter_ptr, 0, sem="relaxed")
+
+
+@triton.jit
+def wait(counter_ptr, before, rounds):
     """Returns once all have arrived, or after so many looks; what is left of them, 0 for too late.
 
     Args:
         counter_ptr: as of `arrive`.
-        arrived: what `arrive` returned.
+        before: a number with the counter's top bit from before this barrier.
         rounds: int32; 0 doesn't wait.
     """
-    while (rounds > 0) & ((tl.atomic_add(counter_ptr, 0, sem="acquire") ^ arrived) >= 0):
+    while (rounds > 0) & ((tl.atomic_add(counter_ptr, 0, sem="acquire") ^ before) >= 0):
         rounds -= 1
     tl.debug_barrier()
     return rounds

@@ -56,7 +56,7 @@ def forward_kernel(
     rounds, launch, between_threshold, between_scale, between_stream,
     D: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SLICES: tl.constexpr,
-    K1: tl.constexpr, K2: tl.constexpr, J1: tl.constexpr, J2: tl.constexpr,
+    K1: tl.constexpr, K2: tl.constexpr,
     RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
     PRECISION: tl.constexpr, BETWEEN: tl.constexpr, MATVEC: tl.constexpr, SAVE: tl.constexpr, CELL: tl.constexpr,
 ):  # fmt: skip
@@ -73,20 +73,16 @@ def forward_kernel(
     gate_at = (columns % 4) * H + own + columns // 4
     in_batch = rows < B
     ks = sliced.inner(0, K1, SLICES)
+    ks2 = sliced.inner(K1, K2, SLICES) if K2 > 0 else ks
     w_at = w_hh_ptr + z * 4 * H * H
-    w = sliced.load_right(w_at, gate_at * H, ks, 1, column_live, H, SLICES)
-    if K2 > 0:
-        ks2 = sliced.inner(K1, K2, SLICES)
-        w2 = sliced.load_right(w_at, gate_at * H, ks2, 1, column_live, H, SLICES)
+    w, w2 = sliced.load_rights(w_at, gate_at * H, ks, ks2, 1, column_live, H, K2, SLICES)
     if LAYERS > 1:
         # Masks by bounds: "&" of a block and a scalar is no mask in some interpreters.
         summed_live = own + columns // 4 < tl.where(layer == 0, H, 0)
         below = tl.where(layer > 0, H, 0)
         u_at = w_ih_ptr + (layer - 1) * 4 * H * H
         u_live = own + columns // 4 < below
-        u = sliced.load_right(u_at, gate_at * H, ks, 1, u_live, H, SLICES)
-        if K2 > 0:
-            u2 = sliced.load_right(u_at, gate_at * H, ks2, 1, u_live, H, SLICES)
+        u, u2 = sliced.load_rights(u_at, gate_at * H, ks, ks2, 1, u_live, H, K2, SLICES)
         bias = tl.load(bias_ptr + (layer - 1) * 4 * H + gate_at, mask=u_live, other=0.0)
     # All programs of a tile of the batch meet: those of a direction, or those of all layers.
     programs = tl.num_programs(0)
@@ -95,6 +91,7 @@ def forward_kernel(
         programs *= LAYERS
         leads = leads & (layer == 0)
     counter_ptr += (tl.program_id(1) * D + d) * _SPACING
+    before = barrier.before(counter_ptr)
     limit = rounds
 
     state_at = ((z * B + rows) * H)[:, None] + units[None, :]
@@ -113,27 +110,31 @@ def forward_kernel(
         H, DROPOUT, PER_STEP, BLOCK_B, BLOCK_H, c.dtype,
     )  # fmt: skip
     tl.store(h_ptr + (begin % 2) * slot + state_at, shared, mask=state_mask)
-    arrived = barrier.arrive(counter_ptr, leads, programs)
+    barrier.arrive(counter_ptr, leads, programs)
     at, live = rows_of_step(offsets_ptr, t, low, high, B, rows, RAGGED)
     g_at = gates_ptr + ((plane + at) * 4 * H)[:, None] + gate_at[None, :]
     a = tl.load(g_at, mask=live[:, None] & summed_live[None, :], other=0.0).to(c.dtype)
-    rounds = barrier.wait(counter_ptr, arrived, rounds)
+    rounds = barrier.wait(counter_ptr, before, rounds)
+    before = ~before
     c = tl.where(rounds > 0, c, float("nan"))
     for s in tl.range(begin, end + LAYERS - 1, num_stages=1):
         now, then = (s % 2) * slot, (1 - s % 2) * slot
         acc = sliced.zeros(BLOCK_B, 4 * BLOCK_H, SLICES, c.dtype)
+        # All loads before the first product, not to wait for each.
         left = sliced.load_left(h_ptr + now, left_at, ks, live, H, SLICES)
+        if K2 > 0:
+            left2 = sliced.load_left(h_ptr + now, left_at, ks2, live, H, SLICES)
+        if LAYERS > 1:
+            x = sliced.load_left(below_ptr + now, left_at - B * H, ks, live, below, SLICES)
+            if K2 > 0:
+                x2 = sliced.load_left(below_ptr + now, left_at - B * H, ks2, live, below, SLICES)
         acc = sliced.add(left, w, acc, PRECISION, MATVEC)
         if K2 > 0:
-            left = sliced.load_left(h_ptr + now, left_at, ks2, live, H, SLICES)
-            acc = sliced.add(left, w2, acc, PRECISION, MATVEC)
+            acc = sliced.add(left2, w2, acc, PRECISION, MATVEC)
         if LAYERS > 1:
-            x_at = left_at - B * H
-            left = sliced.load_left(below_ptr + now, x_at, ks, live, below, SLICES)
-            acc = sliced.add(left, u, acc, PRECISION, MATVEC)
+            acc = sliced.add(x, u, acc, PRECISION, MATVEC)
             if K2 > 0:
-                left = sliced.load_left(below_ptr + now, x_at, ks2, live, below, SLICES)
-                acc = sliced.add(left, u2, acc, PRECISION, MATVEC)
+                acc = sliced.add(x2, u2, acc, PRECISION, MATVEC)
             a += bias.to(c.dtype)[None, :]
         a += sliced.total(acc, SLICES)
         a_if, a_fo = tl.split(tl.reshape(a, (BLOCK_B, BLOCK_H, 2, 2)))
@@ -163,7 +164,7 @@ def forward_kernel(
                 shared = q
             above = tl.where(layer < LAYERS - 1, H, 0)
             tl.store(below_ptr + then + state_at, shared, mask=live[:, None] & (units < above)[None, :])
-        arrived = barrier.arrive(counter_ptr, leads, programs)
+        barrier.arrive(counter_ptr, leads, programs)
         if SAVE:
             gate = gates_ptr.dtype.element_ty
             save_at = gates_ptr + ((plane + at) * 4 * H)[:, None] + units[None, :]
@@ -184,7 +185,8 @@ def forward_kernel(
         at, live = rows_of_step(offsets_ptr, t, low, high, B, rows, RAGGED)
         g_at = gates_ptr + ((plane + at) * 4 * H)[:, None] + gate_at[None, :]
         a = tl.load(g_at, mask=live[:, None] & summed_live[None, :], other=0.0).to(c.dtype)
-        rounds = barrier.wait(counter_ptr, arrived, tl.where(rounds > 0, limit, 0))
+        rounds = barrier.wait(counter_ptr, before, tl.where(rounds > 0, limit, 0))
+        before = ~before
         c = tl.where(rounds > 0, c, float("nan"))
     tl.store(hn_ptr + state_at, tl.where(rounds > 0, h, float("nan")), mask=state_mask)
     tl.store(cn_ptr + state_at, c, mask=state_mask)

@@ -49,6 +49,48 @@ def of_step(
     return i, f, g, o, c, c_prev, dy
 
 
+@triton.jit
+def gates_product(
+    dgates_ptr, at, live, ks, ks2, limit, w_i, v_i, w_f, v_f, w_g, v_g, w_o, v_o,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, H: tl.constexpr, K2: tl.constexpr, SLICES: tl.constexpr,
+    PRECISION: tl.constexpr, kept: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_B, BLOCK_H): the gates' gradients in rows `at`, (·, 4H), times the weights of some units.
+
+    Block by block, so that few of them are on their way through a program's shared memory and registers at a time;
+    the next one is loaded before a product, not to wait for each.
+    """
+    at *= 4 * H
+    f_ptr, g_ptr, o_ptr = dgates_ptr + H, dgates_ptr + 2 * H, dgates_ptr + 3 * H
+    acc = sliced.zeros(BLOCK_B, BLOCK_H, SLICES, kept)
+    x = sliced.load_left(dgates_ptr, at, ks, live, limit, SLICES)
+    if K2 > 0:
+        y = sliced.load_left(dgates_ptr, at, ks2, live, limit, SLICES)
+        acc = sliced.add(x, w_i, acc, PRECISION)
+        x = sliced.load_left(f_ptr, at, ks, live, limit, SLICES)
+        acc = sliced.add(y, v_i, acc, PRECISION)
+        y = sliced.load_left(f_ptr, at, ks2, live, limit, SLICES)
+        acc = sliced.add(x, w_f, acc, PRECISION)
+        x = sliced.load_left(g_ptr, at, ks, live, limit, SLICES)
+        acc = sliced.add(y, v_f, acc, PRECISION)
+        y = sliced.load_left(g_ptr, at, ks2, live, limit, SLICES)
+        acc = sliced.add(x, w_g, acc, PRECISION)
+        x = sliced.load_left(o_ptr, at, ks, live, limit, SLICES)
+        acc = sliced.add(y, v_g, acc, PRECISION)
+        y = sliced.load_left(o_ptr, at, ks2, live, limit, SLICES)
+        acc = sliced.add(x, w_o, acc, PRECISION)
+        acc = sliced.add(y, v_o, acc, PRECISION)
+    else:
+        y = sliced.load_left(f_ptr, at, ks, live, limit, SLICES)
+        acc = sliced.add(x, w_i, acc, PRECISION)
+        x = sliced.load_left(g_ptr, at, ks, live, limit, SLICES)
+        acc = sliced.add(y, w_f, acc, PRECISION)
+        y = sliced.load_left(o_ptr, at, ks, live, limit, SLICES)
+        acc = sliced.add(x, w_g, acc, PRECISION)
+        acc = sliced.add(y, w_o, acc, PRECISION)
+    return sliced.total(acc, SLICES)
+
+
 @triton.jit(do_not_specialize=COOPERATIVE_RUN_TIME)
 def backward_kernel(
     dy_ptr,  # (N, D * H); in a wavefront the last layer's
@@ -71,7 +113,7 @@ def backward_kernel(
     rounds, launch, between_threshold, between_scale, between_stream,
     D: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, SLICES: tl.constexpr,
-    K1: tl.constexpr, K2: tl.constexpr, J1: tl.constexpr, J2: tl.constexpr,
+    K1: tl.constexpr, K2: tl.constexpr,
     RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
     PRECISION: tl.constexpr, BETWEEN: tl.constexpr, CELL: tl.constexpr,
 ):  # fmt: skip
@@ -82,23 +124,27 @@ def backward_kernel(
     own = tl.program_id(0) * BLOCK_H
     units = own + tl.arange(0, BLOCK_H)
     in_batch = rows < B
-    js = sliced.inner(0, J1, SLICES)
-    w = sliced.load_right(w_hh_ptr + z * 4 * H * H, units, js, H, units < H, 4 * H, SLICES)
-    if J2 > 0:
-        js2 = sliced.inner(J1, J2, SLICES)
-        w2 = sliced.load_right(w_hh_ptr + z * 4 * H * H, units, js2, H, units < H, 4 * H, SLICES)
+    ks = sliced.inner(0, K1, SLICES)
+    ks2 = sliced.inner(K1, K2, SLICES) if K2 > 0 else ks
+    w_at = w_hh_ptr + z * 4 * H * H
+    w_i, v_i = sliced.load_rights(w_at, units, ks, ks2, H, units < H, H, K2, SLICES)
+    w_f, v_f = sliced.load_rights(w_at + H * H, units, ks, ks2, H, units < H, H, K2, SLICES)
+    w_g, v_g = sliced.load_rights(w_at + 2 * H * H, units, ks, ks2, H, units < H, H, K2, SLICES)
+    w_o, v_o = sliced.load_rights(w_at + 3 * H * H, units, ks, ks2, H, units < H, H, K2, SLICES)
     if LAYERS > 1:
         above = tl.where(layer < LAYERS - 1, H, 0)
-        u_live = units < above
-        u = sliced.load_right(w_ih_ptr + layer * 4 * H * H, units, js, H, u_live, 4 * H, SLICES)
-        if J2 > 0:
-            u2 = sliced.load_right(w_ih_ptr + layer * 4 * H * H, units, js2, H, u_live, 4 * H, SLICES)
+        u_at = w_ih_ptr + layer * 4 * H * H
+        u_i, x_i = sliced.load_rights(u_at, units, ks, ks2, H, units < above, H, K2, SLICES)
+        u_f, x_f = sliced.load_rights(u_at + H * H, units, ks, ks2, H, units < above, H, K2, SLICES)
+        u_g, x_g = sliced.load_rights(u_at + 2 * H * H, units, ks, ks2, H, units < above, H, K2, SLICES)
+        u_o, x_o = sliced.load_rights(u_at + 3 * H * H, units, ks, ks2, H, units < above, H, K2, SLICES)
     programs = tl.num_programs(0)
     leads = tl.program_id(0) == 0
     if LAYERS > 1:
         programs *= LAYERS
         leads = leads & (layer == 0)
     counter_ptr += (tl.program_id(1) * D + d) * _SPACING
+    before = barrier.before(counter_ptr)
     limit = rounds
 
     state_at = ((z * B + rows) * H)[:, None] + units[None, :]
@@ -124,28 +170,21 @@ def backward_kernel(
     for _ in tl.range(begin, end + LAYERS, num_stages=1):
         at_done, was_live = rows_of_step(offsets_ptr, t - toward, low, high, B, rows, RAGGED)
         at, live = rows_of_step(offsets_ptr, t, low, high, B, rows, RAGGED)
-        acc = sliced.zeros(BLOCK_B, BLOCK_H, SLICES, kept)
-        left_at = (plane + at_done) * 4 * H
-        left = sliced.load_left(dgates_ptr, left_at, js, was_live, 4 * H, SLICES)
-        acc = sliced.add(left, w, acc, PRECISION, False)
-        if J2 > 0:
-            left = sliced.load_left(dgates_ptr, left_at, js2, was_live, 4 * H, SLICES)
-            acc = sliced.add(left, w2, acc, PRECISION, False)
+        acc = gates_product(
+            dgates_ptr, plane + at_done, was_live, ks, ks2, H, w_i, v_i, w_f, v_f, w_g, v_g, w_o, v_o,
+            BLOCK_B, BLOCK_H, H, K2, SLICES, PRECISION, kept,
+        )  # fmt: skip
         dh_prev = as_multiplied(
-            sliced.total(acc, SLICES), mask_ptr, z, t - toward, T, mask_steps, B, rows, own, units, in_batch,
+            acc, mask_ptr, z, t - toward, T, mask_steps, B, rows, own, units, in_batch,
             threshold, scale, stream, H, DROPOUT, PER_STEP, BLOCK_B, BLOCK_H, kept,
         )  # fmt: skip
         dh = tl.where(was_live[:, None], dh_prev, dh)
         dq = dh + dy
         if LAYERS > 1:
-            acc = sliced.zeros(BLOCK_B, BLOCK_H, SLICES, kept)
-            left_at = (plane + n + at) * 4 * H
-            left = sliced.load_left(dgates_ptr, left_at, js, live, 4 * above, SLICES)
-            acc = sliced.add(left, u, acc, PRECISION, False)
-            if J2 > 0:
-                left = sliced.load_left(dgates_ptr, left_at, js2, live, 4 * above, SLICES)
-                acc = sliced.add(left, u2, acc, PRECISION, False)
-            dx = sliced.total(acc, SLICES)
+            dx = gates_product(
+                dgates_ptr, plane + n + at, live, ks, ks2, above, u_i, x_i, u_f, x_f, u_g, x_g, u_o, x_o,
+                BLOCK_B, BLOCK_H, H, K2, SLICES, PRECISION, kept,
+            )  # fmt: skip
             if BETWEEN:
                 dx *= drawn_mask(
                     tl.load(seed_ptr), between_stream + layer, 0, at, own, between_threshold, between_scale,
@@ -160,13 +199,14 @@ def backward_kernel(
         tl.store(g_at + 2 * H, cast(da_g, operand), mask=cell_mask)
         tl.store(g_at + 3 * H, cast(da_o, operand), mask=cell_mask)
         dc = tl.where(live[:, None], dc_prev, dc)
-        arrived = barrier.arrive(counter_ptr, leads, programs)
+        barrier.arrive(counter_ptr, leads, programs)
         t += toward
         i, f, g, o, c, c_prev, dy = of_step(
             gates_ptr, c_ptr, cx, dy_ptr, offsets_ptr, t, toward, low, high, plane, d, layer, B, rows, units,
             D, H, LAYERS, RAGGED, kept,
         )  # fmt: skip
-        rounds = barrier.wait(counter_ptr, arrived, tl.where(rounds > 0, limit, 0))
+        rounds = barrier.wait(counter_ptr, before, tl.where(rounds > 0, limit, 0))
+        before = ~before
         dc = tl.where(rounds > 0, dc, float("nan"))
     tl.store(dhx_ptr + state_at, tl.where(rounds > 0, dh, float("nan")), mask=state_mask)
     tl.store(dcx_ptr + state_at, dc, mask=state_mask)

@@ -13,9 +13,8 @@ from lstm_triton.cpu import native
 from lstm_triton.dropout import threshold_and_scale
 from lstm_triton.kernels import barrier
 from lstm_triton.kernels.blocks import INTERPRETED
-from lstm_triton.planning import Plan
+from lstm_triton.planning import Plan, blocks_of
 from lstm_triton.recurrence import Gradients, Layer, Layout, Pass, Saved, Window, rnn_precision
-from lstm_triton.tiling import blocks_of
 
 # Kernel arguments that vary from call to call and must not compile a kernel anew.
 RUN_TIME = ["T", "first", "last", "B", "n", "s", "threshold", "stream", "mask_steps"]
@@ -201,11 +200,8 @@ def _constants(
     if plan.strategy == "cooperative":
         for name in ("K", "BLOCK_K", "HAS_HR"):
             del constants[name]
-        (k1, k2), (j1, j2) = blocks_of(H, plan.slices), blocks_of(4 * H, plan.slices)
-        constants |= {
-            "LAYERS": plan.layers, "SLICES": plan.slices, "K1": k1, "K2": k2, "J1": j1, "J2": j2,
-            "launch_cooperative_grid": True,
-        }  # fmt: skip
+        k1, k2 = blocks_of(H, plan.slices)
+        constants |= {"LAYERS": plan.layers, "SLICES": plan.slices, "K1": k1, "K2": k2, "launch_cooperative_grid": True}
         if torch.version.hip is None:  # or ptxas spills some at half the registers that there are
             constants["maxnreg"] = min(255, REGISTERS // (32 * plan.num_warps))
     return constants, rebuild

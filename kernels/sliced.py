@@ -45,13 +45,20 @@ def load_right(ptr, at, ks, stride, live, limit, SLICES: tl.constexpr):
 
 
 @triton.jit
+def load_rights(ptr, at, ks, ks2, stride, live, limit, K2: tl.constexpr, SLICES: tl.constexpr):
+    """`load_right` of both blocks; where the second is empty, the first twice."""
+    x = load_right(ptr, at, ks, stride, live, limit, SLICES)
+    return x, load_right(ptr, at, ks2, stride, live, limit, SLICES) if K2 > 0 else x
+
+
+@triton.jit
 def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr, dtype: tl.constexpr):
     """Sums for `add`."""
     return tl.zeros((ROWS, COLUMNS), dtype) if SLICES == 1 else tl.zeros((SLICES, ROWS, COLUMNS), dtype)
 
 
 @triton.jit
-def add(left, right, acc, PRECISION: tl.constexpr, MATVEC: tl.constexpr):
+def add(left, right, acc, PRECISION: tl.constexpr, MATVEC: tl.constexpr = False):
     """acc + left @ right, slice by slice; with MATVEC row by row, without tensor cores and their sixteen rows."""
     if MATVEC:
         ROWS: tl.constexpr = left.shape[0]

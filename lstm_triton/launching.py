@@ -2,6 +2,7 @@
 
 import importlib
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -62,6 +63,8 @@ def _chosen(layer: Layer, strategy: str | None) -> Plan:
 
 def of(layer: Layer) -> Plan:
     """The plan for a layer's call."""
+    if layer.plan is not None:
+        return replace(layer.plan, layers=1)
     plan = _chosen(layer, planning.forced())
     drops = layer.dropout.mask is not None or layer.dropout.seed is not None
     if plan.strategy == "cooperative" and layer.hx.size(2) != layer.cx.size(2) and drops:
@@ -73,6 +76,8 @@ def of_wavefront(layer: Layer, layers: int) -> Plan | None:
     """The plan for all of a call's layers in one launch, from the first of them; None where they run one by one."""
     if len(layer.directions) > 1 or layer.hx.size(2) != layer.cx.size(2):
         return None
+    if layer.plan is not None:
+        return layer.plan if layer.plan.layers > 1 else None
     if layer.input.is_cuda and planning.forced() is None:
         return tiling.wavefront(gpus.of(layer.input.device), _work(layer), layers)
     return planning.wavefront(of(layer), layers)

@@ -6,13 +6,13 @@ the plans of this project, `predict_operator` for PyTorch's own operator. **No n
 project's kernels**; those are in `reports/`.
 
 How far off it is, against what others have measured on an H100 at B = 16, T = 1024, H = 768 (`others.PUBLISHED`). The
-constants below were not adjusted to these. It takes cuDNN's kernel, which works as ours does, for a fifth slower than
+constants below were not adjusted to these. It takes cuDNN's kernel, which works as ours does, for a quarter slower than
 it is, and misses what launches cost Haste by more than half:
 
 | µs a step, forward / backward | measured | predicted |
 |---|---|---|
-| nn.LSTM (cuDNN), fp16, persistent | 2.0 / 3.1 | 2.5 / 3.6 |
-| FlashRNN, fused, bf16, two barriers a step | 4.8 / 8.5 | 4.0 / 5.2 |
+| nn.LSTM (cuDNN), fp16, persistent | 2.0 / 3.1 | 2.5 / 3.8 |
+| FlashRNN, fused, bf16, two barriers a step | 4.8 / 8.5 | 4.0 / 5.4 |
 | Haste, fp32, two launches a step | 18 / 25 | 7.2 / 10.0 |
 """
 
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lstm_triton.gpus import Gpu
+from lstm_triton.planning import MOST_INNER
 
 if TYPE_CHECKING:
     from lstm_triton.planning import Plan
@@ -245,10 +246,12 @@ def _cooperative(gpu: Gpu, plan: "Plan", work: Work, backward: bool) -> dict[str
         # Weights are in registers; each row is brought to all warps, and what they have of the sum is added up.
         row = inner * columns / FMA_PER_CLOCK + 2 * (SYNC_CYCLES + SHARED_CYCLES) + 100
         return terms | {"arithmetic": rows * sources * crowd * row}
+    # In backward the rows go through shared memory gate by gate, block by block.
+    blocks = (4 if plan.block_k <= MOST_INNER else 8) * sources if backward else 1
     groups = max(1, min(plan.num_warps // plan.slices, columns // 8))  # of warps, each of which reads all rows
     reads = (rows * padded * item * sources * groups + right * max(1, rows // 64)) * crowd / SHARED_BYTES_PER_CLOCK
     arithmetic = sources * crowd * product_cycles(gpu, work, rows, padded, columns, plan.slices, plan.num_warps)
-    terms["arithmetic"] = arithmetic + SHARED_CYCLES + SYNC_CYCLES
+    terms["arithmetic"] = arithmetic + blocks * (SHARED_CYCLES + SYNC_CYCLES)
     terms["weights"] = max(0.0, reads - arithmetic)
     if plan.slices > 1:
         sums = 4 * plan.slices * rows * columns * sources * crowd

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lstm_triton import dropout as masks
-from lstm_triton import launching, reference
+from lstm_triton import launching, planning, reference, tuning
 from lstm_triton.eager import Eager
 from lstm_triton.operator import Operator
 from lstm_triton.recurrence import (
@@ -78,6 +78,7 @@ class _Stack:
         per_step: bool,
         backend: str,
         records: bool = True,
+        recompute: bool = False,
     ) -> None:
         self.records = records
         self.input, self.hx, self.cx, self.weights = _flat(input), hx, cx, weights
@@ -86,6 +87,11 @@ class _Stack:
         self.layout = Layout.of(self.input.size(0), hx.size(1), batch_sizes)
         self.directions = hx.size(0) // num_layers
         self.dtype, self.kept = input.dtype, state_dtype(input.dtype)
+        self.plan = None
+        if backend == "triton" and tuning.has_plans() and planning.forced() is None:
+            kind = records, batch_sizes is not None, mask is not None or p > 0, recompute
+            sizes = input.size(-1), hx, cx, num_layers, self.layout.steps
+            self.plan = tuning.plan_for(input.device, tuning.Bucket.of(input.dtype, *sizes, *kind))
 
     def rows(self, k: int) -> slice:
         """Layer k's among the L * D."""
@@ -104,7 +110,7 @@ class _Stack:
         seed = self.seed if self.p > 0 else None
         drops = RecurrentDropout(mask, seed, self.p, self.per_step, rows.start)
         directions = by_direction(self.weights[self.weights_of(k)], self.bias, hx.size(2) != cx.size(2))
-        return Layer(input, hx, cx, directions, self.layout, drops, self.records)
+        return Layer(input, hx, cx, directions, self.layout, drops, self.records, self.plan)
 
     def length(self, engine: Any, keep: bool) -> int:
         """Steps of a window where nothing is rebuilt; 0: all.
@@ -158,7 +164,7 @@ def describe(
         how = "PyTorch's operator, chunk by chunk" if backend == "torch" else "PyTorch operations, step by step"
         return [f"layer {k}: {how}" for k in range(num_layers)]
     stack = _Stack(
-        input, batch_sizes, hx, cx, weights, num_layers, bias, 0.0, None, seed, p, True, backend, save
+        input, batch_sizes, hx, cx, weights, num_layers, bias, 0.0, None, seed, p, True, backend, save, chunk > 0
     )  # fmt: skip
     first = stack.layer(0, stack.input)
     front = launching.of_wavefront(first, num_layers) if num_layers > 1 and not (chunk and save) else None
@@ -208,7 +214,8 @@ def forward(
         window but the first, (windows - 1, D, B, H).
     """
     stack = _Stack(
-        input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend, save
+        input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend, save,
+        save and chunk > 0,
     )  # fmt: skip
     recompute, same = save and chunk > 0, stack.kept == stack.dtype
     x = stack.input
@@ -321,7 +328,8 @@ def backward(
     Those of the input and of the weights are empty where they aren't wanted.
     """
     stack = _Stack(
-        input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend
+        input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend, True,
+        chunk > 0,
     )  # fmt: skip
     outputs = [*kept[: num_layers - 1], _flat(output)]
     gates, cells = kept[num_layers - 1 : 2 * num_layers - 1], kept[2 * num_layers - 1 :]

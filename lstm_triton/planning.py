@@ -39,6 +39,9 @@ RECOMPUTE_SPARE = 1.3
 # PyTorch's operator is as fast, a single one is a matrix-vector product.
 UNFUSED_ROWS = range(4, 9)
 
+# The largest block of a product's inner dimension that isn't cut in two.
+MOST_INNER = 512
+
 _forced: str | None = None
 
 
@@ -187,6 +190,18 @@ def pays_on_cpu(
     most = MOST_TRAINING_WEIGHTS * batch if records else MOST_INFERENCE_WEIGHTS
     pays = (plan.fused and weights <= most) or (records and batch in UNFUSED_ROWS)
     return pays and padding <= next(spare for most, spare in SPARE if weights <= most)
+
+
+def blocks_of(size: int, slices: int) -> tuple[int, int]:
+    """Two powers of two, or one and 0, that cover an inner dimension and can be cut into slices.
+
+    A block is on its way through shared memory at a time: none has more than `MOST_INNER`, if two of that are enough.
+    """
+    least = 16 * slices
+    first = max(least, 1 << (size.bit_length() - 1))
+    if first >= size:
+        return (first // 2, first // 2) if first > max(least, MOST_INNER) else (first, 0)
+    return first, max(least, 1 << (size - first - 1).bit_length())
 
 
 def _power(n: int) -> int:

@@ -245,6 +245,7 @@ class Layer(NamedTuple):
     layout: Layout
     dropout: RecurrentDropout
     records: bool = True  # whether a backward may follow
+    plan: Any = None  # the `planning.Plan` that was measured to be the fastest for the call, where one was
 
     def columns(self, d: int) -> slice:
         """Direction d's among the D * K of the output."""

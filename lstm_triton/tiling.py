@@ -12,7 +12,7 @@ import torch
 
 from lstm_triton.gpus import KIB, Gpu
 from lstm_triton.model import Work, predict
-from lstm_triton.planning import PERSISTENT_BYTES, STRATEGIES, Plan, tile
+from lstm_triton.planning import PERSISTENT_BYTES, STRATEGIES, Plan, blocks_of, tile
 
 # The tiles of `cooperative`: slices and warps, and the rows and units that a program may have with them. Beyond these
 # the compiler spills registers in the loop of one of the passes (sm_80 to sm_120, Triton 3.7): with 64 rows it always
@@ -40,16 +40,6 @@ STEP = (
 MATVEC_BYTES = {1: 96 * KIB, 2: 96 * KIB, 4: 96 * KIB, 8: 64 * KIB}
 
 
-def blocks_of(size: int, slices: int) -> tuple[int, int]:
-    """Two powers of two, or one and 0, that cover an inner dimension and can be cut into slices."""
-    least = 16 * slices
-    first = max(least, 1 << (size.bit_length() - 1))
-    if first >= size:
-        return first, 0
-    second = max(least, 1 << (size - first - 1).bit_length())
-    return (first, second) if second < first else (2 * first, 0)
-
-
 def programs(plan: Plan, work: Work) -> tuple[int, int, int]:
     """The grid: tiles of units, of the batch, and directions or a wavefront's layers."""
     units = 1 if plan.strategy == "persistent" else -(-work.hidden // plan.block_h)
@@ -67,11 +57,17 @@ def shared_bytes(plan: Plan, work: Work, backward: bool = False) -> int:
         return item * (4 * units * plan.block_k + folded + 5 * rows * max(units, plan.block_k))
     if plan.matvec:
         return 4 * (rows + 2) * plan.block_k + 4 * 4 * units * plan.num_warps
-    inner, columns = (4 * work.hidden, units) if backward else (work.hidden, 4 * units)
-    first, second = blocks_of(inner, plan.slices)
-    sources = 1 if plan.layers == 1 else 2
-    sums = 4 * plan.slices * rows * columns if plan.slices > 1 else 0
-    return item * columns * (first + second) * sources + max(item * rows * first, sums)
+    sums = 4 * plan.slices * rows * (units if backward else 4 * units)
+    moving = item * rows * sum(_moving(plan, work, backward))
+    return weight_bytes(plan, work) + max(moving, sums if plan.slices > 1 else 0)
+
+
+def _moving(plan: Plan, work: Work, backward: bool) -> tuple[int, ...]:
+    """The blocks of a product's inner dimension that are between memory and tensor cores at a time."""
+    first, second = blocks_of(work.hidden, plan.slices)
+    if backward:  # block by block, of one gate after the other
+        return first, second or first
+    return (first, second) * (1 if plan.layers == 1 else 2)
 
 
 def weight_bytes(plan: Plan, work: Work) -> int:
@@ -93,8 +89,8 @@ def held(gpu: Gpu, plan: Plan, work: Work) -> int:
 
 def operand_registers(plan: Plan, work: Work, backward: bool) -> float:
     """Registers of a thread for the rows that a product takes at a time, between memory and shared memory."""
-    inner = 4 * work.hidden if backward else work.hidden
-    return plan.block_b * blocks_of(inner, plan.slices)[0] * work.dtype.itemsize / 4 / (32 * plan.num_warps)
+    inner = sum(_moving(plan, work, backward))
+    return plan.block_b * inner * work.dtype.itemsize / 4 / (32 * plan.num_warps)
 
 
 def misfit(gpu: Gpu, plan: Plan, work: Work) -> str:

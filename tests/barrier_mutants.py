@@ -14,12 +14,12 @@ _SPACING = tl.constexpr(barrier.SPACING)
 def relaxed_arrive(counter_ptr, leads, programs):
     tl.debug_barrier()
     adds = tl.where(leads, 2147483647 - (programs - 2), 1)
-    return tl.atomic_add(counter_ptr, adds, sem="relaxed")
+    tl.atomic_add(counter_ptr, adds, sem="relaxed")
 
 
 @triton.jit
-def relaxed_wait(counter_ptr, arrived, rounds):
-    while (rounds > 0) & ((tl.atomic_add(counter_ptr, 0, sem="relaxed") ^ arrived) >= 0):
+def relaxed_wait(counter_ptr, before, rounds):
+    while (rounds > 0) & ((tl.atomic_add(counter_ptr, 0, sem="relaxed") ^ before) >= 0):
         rounds -= 1
     tl.debug_barrier()
     return rounds
@@ -28,38 +28,38 @@ def relaxed_wait(counter_ptr, arrived, rounds):
 @triton.jit
 def unfenced_arrive(counter_ptr, leads, programs):
     adds = tl.where(leads, 2147483647 - (programs - 2), 1)
-    return tl.atomic_add(counter_ptr, adds, sem="release")
+    tl.atomic_add(counter_ptr, adds, sem="release")
 
 
 @triton.jit
-def no_wait(counter_ptr, arrived, rounds):
+def no_wait(counter_ptr, before, rounds):
     return rounds
 
 
 @triton.jit
 def arrive_of_one_less(counter_ptr, leads, programs):
-    return right_arrive(counter_ptr, leads, programs - 1)
+    right_arrive(counter_ptr, leads, programs - 1)
 
 
 @triton.jit
 def arrive_of_one_more(counter_ptr, leads, programs):
-    return right_arrive(counter_ptr, leads, programs + 1)
+    right_arrive(counter_ptr, leads, programs + 1)
 
 
 @triton.jit
-def wait_for_others_group(counter_ptr, arrived, rounds):
+def wait_for_others_group(counter_ptr, before, rounds):
     other = tl.where(tl.program_id(1) == 0, _SPACING, -_SPACING)
-    return right_wait(counter_ptr + other, arrived, rounds)
+    return right_wait(counter_ptr + other, before, rounds)
 
 
 @triton.jit
 def arrive_with_all_groups(counter_ptr, leads, programs):
-    return right_arrive(counter_ptr - tl.program_id(1) * _SPACING, leads, programs)
+    right_arrive(counter_ptr - tl.program_id(1) * _SPACING, leads, programs)
 
 
 @triton.jit
-def wait_with_all_groups(counter_ptr, arrived, rounds):
-    return right_wait(counter_ptr - tl.program_id(1) * _SPACING, arrived, rounds)
+def wait_with_all_groups(counter_ptr, before, rounds):
+    return right_wait(counter_ptr - tl.program_id(1) * _SPACING, before, rounds)
 
 
 # What each has in the place of `arrive` and of `wait`. The last two are for two groups or more, along

@@ -283,7 +283,7 @@ _arrive = barrier.arrive
 
 @triton.jit
 def arrive_of_one_more(counter_ptr, leads, programs):
-    return _arrive(counter_ptr, leads, programs + 1)
+    _arrive(counter_ptr, leads, programs + 1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the error comes with a later launch")

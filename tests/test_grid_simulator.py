@@ -52,14 +52,13 @@ def slot_of_one(step):
 @triton.jit
 def hand_over(x_ptr, value, counter_ptr, leads, programs):
     tl.store(x_ptr, value)
-    return barrier.arrive(counter_ptr, leads, programs)
+    barrier.arrive(counter_ptr, leads, programs)
 
 
 @triton.jit
 def hand_over_early(x_ptr, value, counter_ptr, leads, programs):
-    arrived = barrier.arrive(counter_ptr, leads, programs)
+    barrier.arrive(counter_ptr, leads, programs)
     tl.store(x_ptr, value)
-    return arrived
 
 
 @triton.jit
@@ -72,10 +71,12 @@ def sums_kernel(
     p, group = tl.program_id(0), tl.program_id(1)
     counter_ptr += group * 32
     value = tl.load(y_ptr + group * PROGRAMS + p)
+    before = barrier.before(counter_ptr)
     for step in range(steps):
         at = x_ptr + (slot_of(step) * GROUPS + group) * PROGRAMS
-        arrived = hand_over(at + p, value, counter_ptr, p == 0, PROGRAMS)
-        rounds = barrier.wait(counter_ptr, arrived, rounds)  # waits
+        hand_over(at + p, value, counter_ptr, p == 0, PROGRAMS)
+        rounds = barrier.wait(counter_ptr, before, rounds)  # waits
+        before = ~before
         value = p + tl.sum(tl.load(at + tl.arange(0, PROGRAMS)))
     tl.store(y_ptr + group * PROGRAMS + p, value)
     if rounds == 0:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lstm_triton import TritonLSTM, dispatch, gpus, kept, launching, on_gpu, qualification, tuning
+from lstm_triton import TritonLSTM, dispatch, gpus, kept, kernels, launching, on_gpu, qualification, tuning
 from lstm_triton.planning import Plan
+from lstm_triton.recurrence import Layer
 
 MACHINE = kept.Machine("Some GPU, 8 SMs", "1.2", "2.13", "3.7", "0.1", "cafe")
 STEP, PERSISTENT = Plan("step", 16, 16, 16, 4), Plan("persistent", 16, 16, 16, 4)
@@ -357,3 +359,51 @@ def test_an_error_of_the_call_is_the_users(gpu: Gpu) -> None:
     with pytest.raises(RuntimeError, match="data type"), warnings.catch_warnings():
         warnings.simplefilter("error")
         module(torch.randn(9, 3, 5), (torch.zeros(1, 3, 7, dtype=torch.float64),) * 2)
+
+
+# That layers run by the plan that was measured, in backward as in forward.
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("form", ["dense", "packed", "autocast", "no_grad", "batch_first"])
+@pytest.mark.parametrize("option", ["", "recurrent_dropout", "bidirectional", "recompute"])
+def test_layers_run_by_the_plan(option: str, form: str, layers: int, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, dict[str, Any]] = {
+        "": {}, "recurrent_dropout": {option: 0.5}, "bidirectional": {option: True, "proj_size": 3},
+        "recompute": {option: 4},
+    }  # fmt: skip
+    front = Plan("cooperative", 16, 8, 16, 4, layers=2)
+    if layers == 2 and option in ("", "recurrent_dropout"):
+        gpu.plans.append((front, None))
+        gpu.seconds["cooperative"] = 1e-4
+    ran: list[tuple[Plan | None, Plan]] = []  # the one that is timed, the one that launches
+    launch = kernels.Launch.of
+
+    def watch(plan: Plan, layer: Layer) -> Any:
+        (trial,) = tuning._trials.values() or [None]
+        ran.append((trial, plan))
+        return launch(plan, layer)
+
+    monkeypatch.setattr(kernels.Launch, "of", watch)
+    module = TritonLSTM(5, 7, layers, batch_first=form == "batch_first", **given[option])
+    x = torch.randn(9, 3, 5)
+
+    def call() -> torch.Tensor:
+        with torch.set_grad_enabled(form != "no_grad"), torch.autocast("cpu", torch.bfloat16, form == "autocast"):
+            y = module(pack_padded_sequence(x, [9, 4, 1]) if form == "packed" else x)[0]
+        return y.data if isinstance(y, PackedSequence) else y
+
+    call()
+    timed = [(trial, plan) for trial, plan in ran if trial is not None]
+    assert {trial for trial, _ in timed} == {plan for plan, _ in gpu.plans}
+    assert all(trial is not None and plan == replace(trial, layers=plan.layers) for trial, plan in timed)
+    ran.clear()
+    y = call()
+    forward = len(ran)
+    if form != "no_grad":
+        y.float().sum().backward()
+        assert len(ran) > forward
+    (result,) = tuning._results.values()
+    assert result.plan == (front if len(gpu.plans) > 2 else PERSISTENT)
+    assert {replace(plan, layers=1) for _, plan in ran} == {replace(result.plan, layers=1)}
+    assert result.plan in [plan for _, plan in ran]

@@ -151,7 +151,7 @@ def test_layers_on_a_gpu_get_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
         input = SimpleNamespace(is_cuda=True, size=lambda k: 40, dtype=dtype, device=torch.device("cuda"))
         dropout = SimpleNamespace(mask=None, seed=None)
         layer: Any = SimpleNamespace(
-            input=input, hx=states, cx=states, directions=[None, None], dropout=dropout, records=True
+            input=input, hx=states, cx=states, directions=[None, None], dropout=dropout, records=True, plan=None
         )
         return launching.of(layer)
 
