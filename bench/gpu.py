@@ -1,6 +1,6 @@
 """`python -m bench.gpu`: all that a machine with a GPU can tell, within a given time.
 
-Runs the tests on CUDA, then the benchmarks, then draws the reports, and prints one table last.
+Runs the tests on CUDA, checks the kernels as `"auto"` does, then the benchmarks, then draws the reports, and prints one table last.
 What the time does not allow is cut off or skipped, and said; the rest is still reported. Exits
 with 0 where nothing failed, 1 where something did, 2 where there is no GPU.
 """
@@ -80,9 +80,16 @@ def plan(out: Path, shapes: str, scratch: Path) -> list[Stage]:
             lambda seconds: [python, "-m", "pytest", "tests", "-q", f"--junitxml={junit}"],
             lambda: tests_found(junit),
         ),
+        Stage(  # what no strategy is right in, "auto" doesn't run: the benchmarks show it
+            "kernels checked",
+            0.1,
+            (),
+            lambda seconds: [python, "-m", "lstm_triton", "doctor", "--qualify"],
+            lambda: ("python -m lstm_triton doctor shows it", False),
+        ),
         Stage(
             "benchmarks",
-            0.35,
+            0.3,
             ("pytest", "pytest_benchmark", "matplotlib"),
             lambda seconds: [
                 python, "-m", "pytest", *files, "-q", "--benchmark-only", "--benchmark-columns=median,iqr,rounds",
@@ -92,7 +99,7 @@ def plan(out: Path, shapes: str, scratch: Path) -> list[Stage]:
         ),
         Stage(
             "long sequences",
-            0.15,
+            0.1,
             ("matplotlib", "rich"),
             lambda seconds: [
                 python, "-m", "bench.long", "--device=cuda", f"--seconds={SECONDS}", f"--out={report}",

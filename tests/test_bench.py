@@ -277,8 +277,11 @@ def stage(name: str, share: float, failed: bool = False, needs: tuple[str, ...] 
 
 def test_gpu_stages(tmp_path):
     stages = gpu.plan(tmp_path, "gpu", tmp_path)
-    assert [s.name for s in stages] == ["tests", "benchmarks", "long sequences", "ragged batches", "reports"]
+    names = ["tests", "kernels checked", "benchmarks", "long sequences", "ragged batches", "reports"]
+    assert [s.name for s in stages] == names
     assert sum(s.share for s in stages) == pytest.approx(1)
+    assert stages[1].command(100.0)[1:] == ["-m", "lstm_triton", "doctor", "--qualify"]
+    del stages[1]
     command = stages[1].command(100.0)
     assert "--benchmark-only" in command and "--time-limit=70" in command and f"--report-dir={tmp_path}" in command
     for stage, module in zip(stages[2:4], ("bench.long", "bench.ragged"), strict=True):
