@@ -1,6 +1,7 @@
 """`python -m bench.gpu`: all that a machine with a GPU can tell, within a given time.
 
-Runs the tests on CUDA, checks the kernels as `"auto"` does, then the benchmarks, then draws the reports, and prints one table last.
+Runs the tests on CUDA, checks the kernels as `"auto"` does, then the benchmarks, then draws the reports,
+and prints one table last.
 What the time does not allow is cut off or skipped, and said; the rest is still reported. Exits
 with 0 where nothing failed, 1 where something did, 2 where there is no GPU.
 """
