@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lstm_triton.cpu import native
-from lstm_triton.dropout import threshold_and_scale
+from lstm_triton.dropout import PER_CALL, threshold_and_scale
 from lstm_triton.kernels import barrier
 from lstm_triton.kernels.blocks import INTERPRETED
 from lstm_triton.planning import Plan, blocks_of
@@ -190,8 +190,9 @@ def _constants(
         "HAS_HR": projected, "RAGGED": ragged, "DROPOUT": dropout, "PER_STEP": per_step,
         "PRECISION": precision, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
     }  # fmt: skip
-    units = plan.block_h if plan.strategy != "cooperative" else 1 << (H - 1).bit_length()
-    rebuild = constants | {"BLOCK_H": max(8, min(units, REBUILT_UNITS))}
+    rebuild = constants | {"BLOCK_H": min(plan.block_h, REBUILT_UNITS)}
+    if plan.strategy != "step" and torch.version.hip is None:  # ptxas may spill some at half the registers there are
+        constants["maxnreg"] = min(255, REGISTERS // (32 * plan.num_warps))
     if plan.strategy == "persistent":
         # Of no use to a kernel that isn't fused: there the same for all layers, which share one kernel then.
         features = I if plan.fused else 1
@@ -202,8 +203,8 @@ def _constants(
             del constants[name]
         k1, k2 = blocks_of(H, plan.slices)
         constants |= {"LAYERS": plan.layers, "SLICES": plan.slices, "K1": k1, "K2": k2, "launch_cooperative_grid": True}
-        if torch.version.hip is None:  # or ptxas spills some at half the registers that there are
-            constants["maxnreg"] = min(255, REGISTERS // (32 * plan.num_warps))
+        units, inner = (max(PER_CALL, 1 << (n - 1).bit_length()) for n in (H, K))  # none waits for the others' there
+        rebuild |= {"BLOCK_H": min(units, REBUILT_UNITS), "BLOCK_K": min(inner, REBUILT_UNITS)}
     return constants, rebuild
 
 
