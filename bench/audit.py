@@ -27,8 +27,8 @@ from bench import audit_report
 from bench.audit_cases import CASES, GPUS, SAMPLED, Case, Job, jobs_of, plan_of, precision_of
 from bench.files import write_atomically
 from bench.results import Record
-from lstm_triton import gpus
-from lstm_triton.gpus import Gpu
+from lstm_triton.gpu import gpus
+from lstm_triton.gpu.gpus import Gpu
 
 FOLDER = Path(__file__).resolve().parents[1] / "reports" / "audit"
 LIMIT = 120.0  # seconds
@@ -36,7 +36,7 @@ LIMIT = 120.0  # seconds
 
 def audit(case: Case, gpu: Gpu) -> list[Record]:
     """Compiles what the case launches on the GPU: a record for each kernel, with the rules it breaks."""
-    from lstm_triton import machine_code
+    from lstm_triton.gpu import machine_code
 
     found = []
     for call in machine_code.calls(plan_of(case, gpu), case.layer(), case.run, gpu.target, precision_of(case, gpu)):

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import torch
 
-from lstm_triton import gpus, launching, tiling
-from lstm_triton.gpus import Gpu
-from lstm_triton.model import Work
+from lstm_triton import launching
+from lstm_triton.gpu import gpus, tiling
+from lstm_triton.gpu.gpus import Gpu
+from lstm_triton.gpu.model import Work
 from lstm_triton.planning import Plan
 from lstm_triton.recurrence import Direction, Layer, Layout, RecurrentDropout, state_dtype
 
@@ -22,7 +23,7 @@ SAMPLED, APART = 17, 6  # of a sample: one case of so many for each GPU, and fro
 class Case(NamedTuple):
     """One pass over one layer, in the form "L2" over two, whose input is as wide as h."""
 
-    run: str  # one of `lstm_triton.machine_code.PASSES`
+    run: str  # one of `lstm_triton.gpu.machine_code.PASSES`
     batch: int
     hidden: int
     dtype: str

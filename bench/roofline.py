@@ -1,6 +1,6 @@
 """`python -m bench.roofline`: what a time step is predicted to take on GPUs, which need not be there.
 
-Beside the predictions of `lstm_triton.model` are what no kernel that divides the hidden units can be faster than,
+Beside the predictions of `lstm_triton.gpu.model` are what no kernel that divides the hidden units can be faster than,
 figures that others have published, and what was measured by `pytest bench`, from the files in `reports/`. Writes
 roofline.csv, roofline.md and two plots.
 """
@@ -15,9 +15,9 @@ from bench import roofline_report
 from bench.providers import label
 from bench.results import Results
 from bench.shapes import DTYPES
-from lstm_triton import gpus, others, report
-from lstm_triton.gpus import Gpu
-from lstm_triton.model import MEETINGS, SHARED_BYTES_PER_CLOCK, Work, family, flops_per_clock, l2_rate
+from lstm_triton.gpu import gpus, others, report
+from lstm_triton.gpu.gpus import Gpu
+from lstm_triton.gpu.model import MEETINGS, SHARED_BYTES_PER_CLOCK, Work, family, flops_per_clock, l2_rate
 
 REPORTS = Path(__file__).resolve().parents[1] / "reports"
 FOLDER = REPORTS / "roofline"
@@ -56,7 +56,9 @@ def predictions(gpu: Gpu, batches: Sequence[int], hidden: Sequence[int], dtype: 
             forward = planned.forward.total
             times = zip(PASSES, (forward, forward + planned.backward.total), strict=True)
             found += [
-                Point(gpu.name, dtype, batch, size, STEPS, run, planned.plan.strategy, us, source="lstm_triton.model")
+                Point(
+                    gpu.name, dtype, batch, size, STEPS, run, planned.plan.strategy, us, source="lstm_triton.gpu.model"
+                )
                 for run, us in times
             ]
     return found
@@ -85,7 +87,7 @@ def floors(gpu: Gpu, batch: int, hidden: Sequence[int], dtype: str) -> list[Poin
         }
         for run, times in zip(PASSES, (forward, {k: forward[k] + backward[k] for k in forward}), strict=True):
             found += [
-                Point(gpu.name, dtype, batch, size, STEPS, run, f"floor: {name}", us, source="lstm_triton.model")
+                Point(gpu.name, dtype, batch, size, STEPS, run, f"floor: {name}", us, source="lstm_triton.gpu.model")
                 for name, us in times.items()
             ]
     return found
@@ -101,7 +103,7 @@ def published() -> list[Point]:
         for run, (us, model) in zip(PASSES, times, strict=True):
             sizes = entry.gpu, entry.dtype, entry.batch, entry.hidden, entry.steps, run
             found.append(Point(*sizes, entry.name, published_us=us, source=entry.source))
-            found.append(Point(*sizes, entry.name, predicted_us=model, source="lstm_triton.others"))
+            found.append(Point(*sizes, entry.name, predicted_us=model, source="lstm_triton.gpu.others"))
     return found
 
 

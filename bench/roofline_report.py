@@ -14,8 +14,8 @@ from matplotlib.ticker import FuncFormatter
 from bench.files import replace, write_atomically
 from bench.results import Record
 from bench.tables import table
-from lstm_triton import gpus
-from lstm_triton.model import LAUNCH_US
+from lstm_triton.gpu import gpus
+from lstm_triton.gpu.model import LAUNCH_US
 
 CSV, TEXT, PLOT, PLOT_GPUS = "roofline.csv", "roofline.md", "roofline.png", "roofline-gpus.png"
 PASSES = ("forward", "training step")
@@ -61,7 +61,7 @@ def markdown(rows: list[Record], names: Sequence[str], command: str) -> str:
     parts = [
         "# What a time step is predicted to take",
         f"All of it is drawn from `{CSV}`, which `{command}` writes. **What is called predicted was not measured**: "
-        "it is what `lstm_triton.model` adds up from latencies and bandwidths that others have measured; "
+        "it is what `lstm_triton.gpu.model` adds up from latencies and bandwidths that others have measured; "
         "`python -m lstm_triton plan` shows the terms for one size. A training step is forward and backward. "
         f"One layer, one direction, {dtype}, T = {rows[0]['steps']:,}, the input as wide as h; products with the input "
         "and gradients of weights, which are GEMMs before and after the loop, are in the times.",

@@ -5,7 +5,7 @@ import importlib
 import sys
 from typing import NoReturn
 
-from lstm_triton import gpus, report
+from lstm_triton.gpu import gpus, report
 
 _USAGE = """usage: python -m lstm_triton COMMAND [OPTIONS]
 

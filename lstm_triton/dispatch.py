@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import _VF, Tensor
 
-from lstm_triton import on_gpu, planning, reference
+from lstm_triton import planning, reference
 from lstm_triton.cpu import build, runtime
+from lstm_triton.gpu import choice
 
 if TYPE_CHECKING:
     from lstm_triton.functional import Options
@@ -42,15 +43,15 @@ class Call(NamedTuple):
 def auto(call: Call, run: Callable[..., Any]) -> str:
     """The backend that "auto" stands for; `run` is `lstm_triton.functional.run`.
 
-    On a GPU the first call of its kind is timed (`lstm_triton.tuning`), after the kernels that may run it are found
-    right there (`lstm_triton.qualification`).
+    On a GPU the first call of its kind is timed (`lstm_triton.gpu.tuning`), after the kernels that may run it are found
+    right there (`lstm_triton.gpu.qualification`).
     """
-    return on_gpu.choose(call, run) if _is_timed(call) else _by_rule(call)[0]
+    return choice.choose(call, run) if _is_timed(call) else _by_rule(call)[0]
 
 
 def why_auto(call: Call) -> tuple[str, str]:
     """What `auto` would return and, in words, why. Times nothing, runs nothing."""
-    return on_gpu.why(call) if _is_timed(call) else _by_rule(call)
+    return choice.why(call) if _is_timed(call) else _by_rule(call)
 
 
 def _is_timed(call: Call) -> bool:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 import lstm_triton
-from lstm_triton import TritonLSTM, dispatch, kept, planning, qualification, tuning
+from lstm_triton import TritonLSTM, dispatch, planning
 from lstm_triton.cpu import build
+from lstm_triton.gpu import kept, qualification, tuning
 from lstm_triton.tolerances import DTYPES, TOLERANCES, precision
 
 CPU = torch.device("cpu")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lstm_triton import dropout as masks
-from lstm_triton import gpus, planning, tiling
-from lstm_triton.model import Work, predict
+from lstm_triton import planning
+from lstm_triton.gpu import gpus, tiling
+from lstm_triton.gpu.model import Work, predict
 from lstm_triton.planning import Plan
 from lstm_triton.recurrence import (
     Gradients,

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lstm_triton import dropout as masks
-from lstm_triton import launching, planning, reference, tuning
+from lstm_triton import launching, planning, reference
 from lstm_triton.eager import Eager
+from lstm_triton.gpu import tuning
 from lstm_triton.operator import Operator
 from lstm_triton.recurrence import (
     Gradients,

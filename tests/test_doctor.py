@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from lstm_triton import doctor, eager, kept, kernels, qualification, tuning
+from lstm_triton import doctor, eager, kernels
 from lstm_triton.cpu import build
+from lstm_triton.gpu import kept, qualification, tuning
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU"),

@@ -1,4 +1,4 @@
-"""`lstm_triton.machine_code` and `python -m bench.audit`: kernels as machine code for GPUs that need not be there."""
+"""`gpu.machine_code` and `python -m bench.audit`: kernels as machine code for GPUs that need not be there."""
 
 import csv
 import dataclasses
@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from bench import audit, audit_cases, audit_report
-from lstm_triton import TritonLSTM, dispatch, gpus, launching
+from lstm_triton import TritonLSTM, dispatch, launching
+from lstm_triton.gpu import gpus
 from lstm_triton.planning import Plan
 
 pytest.importorskip("triton")
@@ -22,7 +23,7 @@ if dispatch.interpreting():
 import triton
 import triton.language as tl
 
-from lstm_triton import machine_code
+from lstm_triton.gpu import machine_code
 from lstm_triton.kernels import launch
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")

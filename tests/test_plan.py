@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import lstm_triton
-from lstm_triton import gpus, launching, model, others, planning, report, tiling
+from lstm_triton import launching, planning
 from lstm_triton.__main__ import main
-from lstm_triton.model import Work
+from lstm_triton.gpu import gpus, model, others, report, tiling
+from lstm_triton.gpu.model import Work
 from lstm_triton.planning import Plan
 
 NVIDIA = [gpu for gpu in gpus.GPUS.values() if gpu.is_nvidia]
@@ -82,7 +83,7 @@ def test_h100_reaches_what_is_wanted() -> None:
 
 @pytest.mark.parametrize("entry", others.PUBLISHED, ids=lambda entry: entry.name)
 def test_model_against_published_figures(entry: others.Published) -> None:
-    """The docstring of `lstm_triton.model` says how far off it is; a change of a constant has to say so, too."""
+    """The docstring of `lstm_triton.gpu.model` says how far off it is; a change of a constant has to say so, too."""
     gpu = gpus.named(entry.gpu)
     predicted = [others.predict_published(entry, gpu, backward).total for backward in (False, True)]
     assert model.__doc__ is not None

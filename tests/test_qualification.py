@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from lstm_triton import TritonLSTM, kept, kernels, launching, planning, qualification
+from lstm_triton import TritonLSTM, kernels, launching, planning
+from lstm_triton.gpu import kept, qualification
 from lstm_triton.recurrence import Gradients
 from lstm_triton.tolerances import DTYPES, TOLERANCES
 

@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 
 from bench import roofline, roofline_report  # noqa: E402
 from bench.results import Record  # noqa: E402
-from lstm_triton import gpus  # noqa: E402
+from lstm_triton.gpu import gpus  # noqa: E402
 
 COLUMNS = ("predicted_us", "published_us", "measured_us")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lstm_triton import kept, qualification, tuning
+from lstm_triton.gpu import kept, qualification, tuning
+from lstm_triton.gpu.tuning import EAGER, TORCH, Bucket, Candidate
 from lstm_triton.planning import Plan
-from lstm_triton.tuning import EAGER, TORCH, Bucket, Candidate
 
 CPU = torch.device("cpu")
 BUCKET = Bucket("fp16", 64, 64, 32, 1, 1, 16, 64, True, False, False, False)
@@ -178,7 +178,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
 # A process of its own, with one candidate that is the faster by far.
 PROCESS = """
 import sys, torch
-from lstm_triton import kept, tuning
+from lstm_triton.gpu import kept, tuning
 from lstm_triton.planning import Plan
 kept.machine = lambda device: kept.Machine(*sys.argv[1].split("|"))
 bucket = tuning.Bucket("fp16", 64, 64, 32, 1, 1, 16, 64, True, False, False, False)

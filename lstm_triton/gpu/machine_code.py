@@ -23,7 +23,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from lstm_triton import dropout as masks
-from lstm_triton import kernels, launching, ttgir
+from lstm_triton import kernels, launching
+from lstm_triton.gpu import ttgir
 from lstm_triton.kernels import launch
 from lstm_triton.planning import Plan
 from lstm_triton.recurrence import Layer, Window, state_dtype

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lstm_triton import kept
+from lstm_triton.gpu import kept
 from lstm_triton.planning import Plan
 from lstm_triton.tolerances import precision
 

@@ -10,8 +10,8 @@ from functools import lru_cache
 
 import torch
 
-from lstm_triton.gpus import KIB, Gpu
-from lstm_triton.model import Work, predict
+from lstm_triton.gpu.gpus import KIB, Gpu
+from lstm_triton.gpu.model import Work, predict
 from lstm_triton.planning import PERSISTENT_BYTES, STRATEGIES, Plan, blocks_of, tile
 
 # The tiles of `cooperative`: slices and warps, and the rows and units that a program may have with them. Beyond these

@@ -12,7 +12,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lstm_triton import TritonLSTM, dispatch, gpus, kept, kernels, launching, on_gpu, qualification, tuning
+from lstm_triton import TritonLSTM, dispatch, kernels, launching
+from lstm_triton.gpu import choice, gpus, kept, qualification, tuning
 from lstm_triton.planning import Plan
 from lstm_triton.recurrence import Layer
 
@@ -57,12 +58,12 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
             played.checked.append(strategy)
         return "h_n: off" if strategy in played.wrong else None
 
-    monkeypatch.setattr(on_gpu, "proposals", proposals)
+    monkeypatch.setattr(choice, "proposals", proposals)
     monkeypatch.setattr(tuning, "clock", clock)
     monkeypatch.setattr(qualification, "check", check)
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
-    monkeypatch.setattr(dispatch, "auto", on_gpu.choose)
-    monkeypatch.setattr(dispatch, "why_auto", on_gpu.why)
+    monkeypatch.setattr(dispatch, "auto", choice.choose)
+    monkeypatch.setattr(dispatch, "why_auto", choice.why)
     yield played
 
 
@@ -150,10 +151,10 @@ def test_proposals(name: str, projected: bool, drops: bool, recompute: bool, mon
     """A few plans and PyTorch's operator, the fastest first; none that the call can't run by."""
     monkeypatch.setattr(gpus, "of", lambda device: gpus.named(name))
     bucket = tuning.Bucket("bf16", 256, 64 if projected else 256, 64, 1, 2, 32, 0, True, False, drops, recompute)
-    found = on_gpu.proposals(bucket, torch.device("cuda", 0))
+    found = choice.proposals(bucket, torch.device("cuda", 0))
     plans = [plan for plan, _ in found if plan is not None]
     times = [seconds for plan, seconds in found if plan is not None and seconds is not None]
-    assert 1 <= len(plans) <= on_gpu.MOST_PLANS and times == sorted(times) and times[0] > 0
+    assert 1 <= len(plans) <= choice.MOST_PLANS and times == sorted(times) and times[0] > 0
     assert (None in [plan for plan, _ in found]) == (not drops)
     if projected and drops:
         assert "cooperative" not in [plan.strategy for plan in plans]
@@ -346,7 +347,7 @@ def test_nothing_is_tried_in_transforms_captures_and_subclasses(gpu: Gpu, monkey
     assert not gpu.timed and not gpu.checked
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     call = dispatch.Call(Cuda(), None, (x, x), [], None, False, False)  # type: ignore[arg-type]
-    assert on_gpu._untimable(call) == "a CUDA graph is being captured"
+    assert choice._untimable(call) == "a CUDA graph is being captured"
 
 
 class Cuda:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lstm_triton.gpus import Gpu
+from lstm_triton.gpu.gpus import Gpu
 from lstm_triton.planning import MOST_INNER
 
 if TYPE_CHECKING:

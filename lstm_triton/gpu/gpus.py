@@ -2,7 +2,7 @@
 
 Sizes are what vendors state; cycles and bytes a clock of the L2 are measurements that others have published, and what
 nobody has measured is marked as assumed. (3080lab and flash-vla are lblommesteyn/3080lab and revollllt/flash-vla on
-GitHub.) `lstm_triton.model` turns all of it into times.
+GitHub.) `lstm_triton.gpu.model` turns all of it into times.
 """
 
 import re

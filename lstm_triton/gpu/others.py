@@ -3,7 +3,7 @@
 `nn.LSTM` on NVIDIA GPUs is cuDNN's, of which PyTorch picks one of three algorithms
 (aten/src/ATen/native/cudnn/RNN.cpp): one that is persistent as ours, one for few hidden units, and the standard one, a
 GEMM and a pointwise kernel a step. How they do it isn't public; the times here are those of the same work by the same
-constants as in `lstm_triton.model`.
+constants as in `lstm_triton.gpu.model`.
 """
 
 from dataclasses import replace
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from lstm_triton.gpus import Gpu
-from lstm_triton.model import (
+from lstm_triton.gpu.gpus import Gpu
+from lstm_triton.gpu.model import (
     CELL_CYCLES,
     OPERATOR_LAUNCH_US,
     Prediction,

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lstm_triton import gpus, kept, launching, planning, reference, tiling
-from lstm_triton.model import Work
+from lstm_triton import launching, planning, reference
+from lstm_triton.gpu import gpus, kept, tiling
+from lstm_triton.gpu.model import Work
 from lstm_triton.tolerances import DTYPES, TOLERANCES, excess, precision
 
 logger = logging.getLogger("lstm_triton")

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lstm_triton import gpus, others, tiling
-from lstm_triton.gpus import KIB, Gpu
-from lstm_triton.model import Prediction, Work, predict
+from lstm_triton.gpu import gpus, others, tiling
+from lstm_triton.gpu.gpus import KIB, Gpu
+from lstm_triton.gpu.model import Prediction, Work, predict
 from lstm_triton.planning import STRATEGIES, Plan
 from lstm_triton.recurrence import rnn_precision
 
@@ -33,7 +33,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Planned:
-    """How an LSTM would run on a GPU. All times are *predicted*, by `lstm_triton.model`; `str` is a table."""
+    """How an LSTM would run on a GPU. All times are *predicted*, by `lstm_triton.gpu.model`; `str` is a table."""
 
     gpu: Gpu
     work: Work  # the first layer's
@@ -137,7 +137,7 @@ def plan(
         bidirectional: whether there are two directions.
         proj: K, `proj_size`; 0: none.
         dtype: of input and weights: float32, float16, bfloat16 or float64, or "fp32", "fp16", "bf16", "fp64".
-        gpu: a name in `lstm_triton.gpus.GPUS`, such as "h100"; None: the current GPU.
+        gpu: a name in `lstm_triton.gpu.gpus.GPUS`, such as "h100"; None: the current GPU.
         steps: T.
         training: whether backward follows.
         tf32: whether products of float32 may be made as TF32; None: as PyTorch's setting for RNNs has it.

@@ -1,7 +1,7 @@
 """What `backend="auto"` is on a GPU: the fastest of PyTorch's operator and the kernels that are right there.
 
-Measured for the first of all calls alike (`lstm_triton.tuning`), with kernels that small layers have shown to be right
-on that GPU (`lstm_triton.qualification`).
+Measured for the first of all calls alike (`lstm_triton.gpu.tuning`), with kernels that small layers have shown to be
+right on that GPU (`lstm_triton.gpu.qualification`).
 """
 
 from collections.abc import Callable, Iterator
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from lstm_triton import gpus, qualification, report, tuning
+from lstm_triton.gpu import gpus, qualification, report, tuning
+from lstm_triton.gpu.tuning import EAGER, TORCH, Bucket, Candidate, Result, name_of
 from lstm_triton.planning import Plan
 from lstm_triton.tolerances import DTYPES, TOLERANCES, excess
-from lstm_triton.tuning import EAGER, TORCH, Bucket, Candidate, Result, name_of
 
 if TYPE_CHECKING:
     from lstm_triton.dispatch import Call
