@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bench import providers
 from bench.shapes import Shape
-from bench.tolerances import TOLERANCES
 from lstm_triton.recurrence import rnn_precision
+from lstm_triton.tolerances import TOLERANCES
 
 GROUPS = ("forward", "training step", "inference")
 

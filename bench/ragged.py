@@ -27,9 +27,9 @@ from bench.files import write_atomically
 from bench.long import device_of, whole
 from bench.measure import compare, default_device, gradient, in_turns, once, without_tf32
 from bench.results import Record, default_folder
-from bench.tolerances import TOLERANCES
 from lstm_triton import convert
 from lstm_triton.recurrence import rnn_precision
+from lstm_triton.tolerances import TOLERANCES
 
 GROUPS = ("training step", "inference")
 THREADS = 2

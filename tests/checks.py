@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from bench.tolerances import TOLERANCES
 from lstm_triton import TritonLSTM, launching, planning
 from lstm_triton.recurrence import Layer
+from lstm_triton.tolerances import TOLERANCES
 
 # How Triton kernels run a layer: by each strategy, "persistent" without and with what it can fuse.
 WAYS = ("persistent", "fused", "step")
