@@ -161,15 +161,15 @@ class _Worker:
 def _serve(pipe: Any) -> None:
     os.setpgrp()
     os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported, which is later
-    while True:
-        try:
+    with contextlib.suppress(EOFError, BrokenPipeError):  # until the command ends
+        while True:
             function, arguments = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send((None, function(*arguments)))
-        except Exception as error:
-            pipe.send((f"{type(error).__name__}: {error}", None))
+            answer: tuple[str | None, Any]
+            try:
+                answer = None, function(*arguments)
+            except Exception as error:
+                answer = f"{type(error).__name__}: {error}", None
+            pipe.send(answer)
 
 
 def write(records: Sequence[Record], environment: Record, folder: Path) -> list[Path]:

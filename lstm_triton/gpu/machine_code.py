@@ -69,7 +69,8 @@ def calls(plan: Plan, layer: Layer, run: str, arch: str, precision: str = "ieee"
     window, hx = Window(layer.layout, 0, layer.layout.steps), layer.hx
     kept = state_dtype(layer.input.dtype)
     output = layer.input.new_empty(layer.layout.total, hx.size(0) * hx.size(2))
-    with _recorded(plan, layer, arch, precision) as found:
+    layer = layer._replace(plan=plan)
+    with _recorded(arch, precision) as found:
         if run == "drop":
             launching.drop(layer.input, torch.empty(1, dtype=torch.int64, device="meta"), masks.BETWEEN, 0.5)
             return found
@@ -100,10 +101,10 @@ def _run_wavefront(plan: Plan, layer: Layer, run: str, output: Tensor) -> None:
 
 
 @contextmanager
-def _recorded(plan: Plan, layer: Layer, arch: str, precision: str) -> Iterator[list[Call]]:
-    """Within this context what `layer` launches by `plan` is listed instead; all other layers run."""
+def _recorded(arch: str, precision: str) -> Iterator[list[Call]]:
+    """Within this context what is launched on tensors without memory is listed; all else runs."""
     found: dict[Any, Call] = {}
-    start, choose = launch.start, launching.of
+    start = launch.start
 
     def record(kernel: Any, grid: tuple[int, int, int], args: list[Any], shared: dict[str, Any], **own: Any) -> None:
         if not args[0].is_meta:
@@ -118,7 +119,6 @@ def _recorded(plan: Plan, layer: Layer, arch: str, precision: str) -> Iterator[l
         for module in vars(kernels).values():
             if isinstance(module, ModuleType) and getattr(module, "start", None) is start:
                 patches.enter_context(mock.patch.object(module, "start", record))
-        patches.enter_context(mock.patch.object(launching, "of", lambda x: plan if x is layer else choose(x)))
         patches.enter_context(mock.patch.object(launch, "rnn_precision", lambda device: precision))
         # Launches ask for AMD's PyTorch; constants that are kept for one are none for the other.
         patches.enter_context(mock.patch.object(torch.version, "hip", "any" if arch.startswith("gfx") else None))
