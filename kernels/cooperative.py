@@ -188,7 +188,8 @@ def forward_kernel(
         rounds = barrier.wait(counter_ptr, before, tl.where(rounds > 0, limit, 0))
         before = ~before
         c = tl.where(rounds > 0, c, float("nan"))
-    tl.store(hn_ptr + state_at, tl.where(rounds > 0, h, float("nan")), mask=state_mask)
+    h = cast(tl.where(rounds > 0, h.to(c.dtype), float("nan")), h.dtype)
+    tl.store(hn_ptr + state_at, h, mask=state_mask)
     tl.store(cn_ptr + state_at, c, mask=state_mask)
     if rounds == 0:
         tl.atomic_xchg(failed_ptr, launch, sem="relaxed", scope="sys")

@@ -14,14 +14,14 @@ from lstm_triton.gpu.gpus import KIB, Gpu
 from lstm_triton.gpu.model import Work, predict
 from lstm_triton.planning import PERSISTENT_BYTES, STRATEGIES, Plan, blocks_of, tile
 
-# The tiles of `cooperative`: slices and warps, and the rows and units that a program may have with them. Beyond these
-# the compiler spills registers in the loop of one of the passes (sm_80 to sm_120, Triton 3.7): with 64 rows it always
-# does, with 32 rows of 16 units in forward. Eight units are the fewest that NVIDIA's tensor cores multiply at once;
-# those of AMD take 16.
+# The tiles of `cooperative`: slices and warps, and the rows and units that a program may have with them, each for inner
+# dimensions of up to so many. Beyond these the compiler spills registers in the loop of one of the passes (sm_80 to
+# sm_120, Triton 3.7 and 3.9): with 64 rows it always does, with 32 rows of 16 units in forward. Eight units are the
+# fewest that NVIDIA's tensor cores multiply at once; those of AMD take 16.
 COOPERATIVE = {
-    (4, 4): ((16, 8), (16, 16)),  # least to add up, and two programs may share a multiprocessor
-    (4, 8): ((16, 8), (16, 16), (32, 8)),  # more rows to a thread's registers
-    (8, 8): ((16, 8), (16, 16), (32, 8)),  # half the chain of instructions that wait for each other
+    (4, 4): ((16, 8, 2048), (16, 16, 512)),  # least to add up, and two programs may share a multiprocessor
+    (4, 8): ((16, 8, 2048), (16, 16, 2048), (32, 8, 2048)),  # more rows to a thread's registers
+    (8, 8): ((16, 8, 2048), (16, 16, 2048), (32, 8, 2048)),  # half the chain of instructions that wait for each other
 }
 # Of a thread's registers, what the rows that a product takes at a time may fill; more spills.
 OPERAND_SHARE = 0.51
@@ -160,8 +160,8 @@ def _cooperative(gpu: Gpu, work: Work, layers: int, forced: bool) -> Iterator[Pl
             inner = sum(blocks_of(hidden, slices))
             if slices > 4 and inner > sum(blocks_of(hidden, 4)):
                 continue  # slices of padding
-            for rows, units in tiles:
-                if rows <= tile(work.batch) and least <= units < max(2 * hidden, least + 1):
+            for rows, units, most in tiles:
+                if inner <= most and rows <= tile(work.batch) and least <= units < max(2 * hidden, least + 1):
                     yield Plan("cooperative", rows, units, inner, warps, slices=slices, layers=layers)
     rows = 1 << (work.batch - 1).bit_length()
     if rows in MATVEC_BYTES and not work.training and work.dtype != torch.float64:
