@@ -103,7 +103,7 @@ CALLS = [
     Call(Case(**ODD, bidirectional=True, bias=False, form="packed"), trains=False),
 ]
 COOPERATIVE = [  # the inner dimension in two blocks, in slices, without tensor cores
-    Call(Case(hidden_size=37, batch=5, steps=2, bidirectional=True)),
+    Call(Case(hidden_size=37, batch=5, steps=2, bidirectional=True), dtype=torch.bfloat16),
     Call(Case(hidden_size=72, batch=5, steps=2), plan={"slices": 2}),
     Call(Case(hidden_size=37, batch=2, steps=2), plan={"matvec": True}, trains=False),
 ]
