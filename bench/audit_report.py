@@ -221,6 +221,7 @@ def _limits(panels: Sequence[Any], limits: Sequence[tuple[str, float]]) -> None:
             panel.axhline(value, color="#444444", lw=1, ls=(0, (4, 3)))
             panel.annotate(
                 f"{name}: {value:g}", (0.01, value), xycoords=("axes fraction", "data"), xytext=(0, 2),
-                textcoords="offset points", fontsize=7, color="#444444",
+                textcoords="offset points", fontsize=7, color="#444444", zorder=3,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
             )  # fmt: skip
         panel.set_ylim(0, 1.1 * max(value for _, value in limits))

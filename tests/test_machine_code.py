@@ -210,6 +210,15 @@ def test_calls_are_those_of_a_launch(strategy: str, form: str, monkeypatch: pyte
         assert call.times == launched.count(described(call.kernel, call.grid, call.args, call.constants))
 
 
+@pytest.mark.parametrize("run", ["forward", "backward"])
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_strategies_own_the_kernels_that_multiply_with_weights(strategy: str, run: str) -> None:
+    listed = machine_code.calls(STRATEGIES[strategy], audit_cases.CASES[0].layer(), run, "sm_90")
+    for call in listed:
+        assert call.is_own == bool(machine_code.usage(call).weight_bytes), call.kernel
+    assert any(call.is_own for call in listed)
+
+
 def test_other_layers_run_while_calls_are_listed() -> None:
     lstm = TritonLSTM(8, 8, backend="triton")
     x = torch.randn(3, 2, 8)

@@ -47,7 +47,7 @@ class Call:
     @property
     def is_own(self) -> bool:
         """Whether it is the strategy's own kernel, not one of those that all strategies share."""
-        return self.kernel.__module__ in {module.__name__ for module in kernels.STRATEGIES.values()}
+        return self.kernel.__module__ not in (kernels.rebuild.__name__, kernels.dropout.__name__)
 
 
 def calls(plan: Plan, layer: Layer, run: str, arch: str, precision: str = "ieee") -> list[Call]:
@@ -218,10 +218,12 @@ def _read_amdgcn(text: str) -> dict[str, int]:
     found = {name: int(number) for name, number in re.findall(r"^\s+(?:- )?\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
     marks = r"Folded (?:Spill|Reload)"
     spills, in_loops = _count(text, marks, r"^(\.LBB\w+):", r"\bs_c?branch\w*\s+(\.LBB\w+)")
+    if found["private_segment_fixed_size"] == found["vgpr_spill_count"] == 0:
+        spills = in_loops = 0  # of scalar registers into lanes of vector registers, not into memory
     return {
         "registers": found["vgpr_count"],  # accumulator registers among them
         "spill_bytes": found["private_segment_fixed_size"],
-        "spills": max(spills, found["vgpr_spill_count"] + found["sgpr_spill_count"]),
+        "spills": max(spills, found["vgpr_spill_count"]),
         "spills_in_loops": in_loops,
         "tensor_core_ops": len(re.findall(r"^\s+v_\w*(?:mfma|wmma)\w*", text, re.MULTILINE)),
     }

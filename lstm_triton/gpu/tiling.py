@@ -12,7 +12,7 @@ import torch
 
 from lstm_triton.gpu.gpus import KIB, Gpu
 from lstm_triton.gpu.model import Work, predict
-from lstm_triton.planning import PERSISTENT_BYTES, STRATEGIES, Plan, blocks_of, tile
+from lstm_triton.planning import MOST_INNER, PERSISTENT_BYTES, STRATEGIES, Plan, blocks_of, tile
 
 # The tiles of `cooperative`: slices and warps, and the rows and units that a program may have with them, each for inner
 # dimensions of up to so many. Beyond these the compiler spills registers in the loop of one of the passes (sm_80 to
@@ -23,6 +23,9 @@ COOPERATIVE = {
     (4, 8): ((16, 8, 2048), (16, 16, 2048), (32, 8, 2048)),  # more rows to a thread's registers
     (8, 8): ((16, 8, 2048), (16, 16, 2048), (32, 8, 2048)),  # half the chain of instructions that wait for each other
 }
+# Whose compiler spills in backward where rows aren't whole vectors of 16 bytes, which takes a register for each piece,
+# and the inner dimension is larger than `MOST_INNER`.
+WHOLE_VECTORS = ("sm_100", "sm_120")
 # Of a thread's registers, what the rows that a product takes at a time may fill; more spills.
 OPERAND_SHARE = 0.51
 
@@ -105,6 +108,9 @@ def misfit(gpu: Gpu, plan: Plan, work: Work) -> str:
     if plan.strategy == "cooperative":
         most = OPERAND_SHARE * min(256, gpu.limits.registers // (plan.num_warps * gpu.limits.warp))
         wanted = max(operand_registers(plan, work, backward) for backward in {False, work.training})
+        parts = work.hidden * work.dtype.itemsize % 16 != 0 and plan.block_k > MOST_INNER
+        if parts and gpu.target in WHOLE_VECTORS and not plan.matvec:
+            return "rows that aren't whole vectors of 16 bytes take more registers than there are"
         if not plan.matvec and wanted > most:
             return f"{wanted:.0f} registers of a thread for the rows of a product, {most:.0f} free"
         count = _count(plan, work)
