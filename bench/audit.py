@@ -63,6 +63,9 @@ def audit(case: Case, gpu: Gpu) -> list[Record]:
 
 
 def _last_line(error: BaseException) -> str:
+    """What is wrong: said last by what came first, where Triton's errors follow from one another."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
 
 

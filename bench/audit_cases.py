@@ -103,7 +103,7 @@ def jobs_of(gpu_names: Sequence[str], only: str = "", sample: bool = False) -> l
 
 
 def precision_of(case: Case, gpu: Gpu) -> str:
-    """Of products, as `lstm_triton.recurrence.rnn_precision` has it there."""
+    """Of products: TF32 where it is allowed, on NVIDIA's GPUs; Triton refuses it for gfx90a, whatever the dtype."""
     return "ieee" if case.dtype == "fp32" or not gpu.is_nvidia else "tf32"
 
 

@@ -120,7 +120,8 @@ _METHOD = (
     "units: inference; training's forward, which keeps gates; backward; rebuild, which makes kept values anew; or "
     "drop, dropout between layers. What the library would launch for it on a GPU is compiled to that GPU's machine "
     f"code, with the launch's own types, constants and options, and disassembled. All numbers are in `{CSV}`, a row "
-    "for each kernel."
+    "for each kernel. What is assumed, not taken from the library: products of float32 (*tf32*) are made as TF32 on "
+    "NVIDIA's GPUs and in full on AMD's."
 )
 
 _RULES = (

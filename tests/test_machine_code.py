@@ -308,6 +308,13 @@ def test_a_case_that_takes_too_long_or_does_not_compile_is_a_violation(monkeypat
     assert audit_report.broken([first, second])[1][:2] == (str(jobs[1][0]), "sm_80")
 
 
+def test_why_a_kernel_does_not_compile_is_in_its_violation(monkeypatch: Any) -> None:
+    monkeypatch.setattr(audit, "precision_of", lambda *_: "tf32")  # which gfx90a hasn't
+    case = audit_cases.Case("forward", 32, 32, "fp16")
+    (found,) = audit.audit(case, gpus.named("mi250x"))
+    assert "does not compile: input_precision must be one of" in found["violations"][0]
+
+
 def test_a_worker_that_hangs_or_dies_is_replaced() -> None:
     worker = audit._Worker()
     assert worker.call(abs, (-3,), 60.0) == 3
