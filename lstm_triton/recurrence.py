@@ -325,8 +325,8 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def rnn_precision(device: torch.device) -> str:
-    """ "tf32" where PyTorch's setting for RNNs allows it on this device, else "ieee"."""
-    if device.type != "cuda":
+    """ "tf32" where PyTorch's setting for RNNs allows it on this device, which has it, else "ieee"."""
+    if device.type != "cuda" or torch.version.hip is not None:  # Triton refuses "tf32" for gfx90a
         return "ieee"
     rnn: Any = torch.backends.cudnn.rnn  # its type has no word of the setting
     return "tf32" if rnn.fp32_precision == "tf32" else "ieee"

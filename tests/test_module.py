@@ -272,6 +272,9 @@ def test_tf32_where_the_setting_for_rnns_allows_it() -> None:
     try:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
             assert rnn_precision(cuda) == "tf32" and rnn_precision(torch.device("cpu")) == "ieee"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.version, "hip", "7.0")  # AMD's have none
+                assert rnn_precision(cuda) == "ieee"
             with ops.gemms_as_rnn(single):
                 assert matmul.fp32_precision == "tf32"
             with ops.gemms_as_rnn(torch.zeros(1)):
