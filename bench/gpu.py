@@ -158,14 +158,20 @@ def run(stages: Sequence[Stage], seconds: float, execute: Callable[[list[str], f
     return outcomes
 
 
-def run_process(command: list[str], seconds: float) -> str:
-    """Runs a command, interrupts it in time for it to write what it has, and kills it at last: its status."""
+def run_process(command: list[str], seconds: float, grace: float | None = None) -> str:
+    """Runs a command, interrupts it in time for it to write what it has, and kills it at last: its status.
+
+    Args:
+        command: in the project's folder.
+        seconds: that it has.
+        grace: those of them that it has after the interrupt; None for `GRACE`, or less where it has few.
+    """
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         command, cwd=_ROOT, env={**kept, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}, start_new_session=True
     )
-    grace = min(GRACE, seconds / 4)
+    grace = min(GRACE, seconds / 4) if grace is None else grace
     try:
         return "passed" if process.wait(seconds - grace) == 0 else "failed"
     except subprocess.TimeoutExpired:
