@@ -168,9 +168,15 @@ def run_process(command: list[str], seconds: float, grace: float | None = None) 
     """
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(
-        command, cwd=_ROOT, env={**kept, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}, start_new_session=True
-    )
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:  # as a shell's background job: the command would ignore it, too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            command, cwd=_ROOT, env={**kept, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     grace = min(GRACE, seconds / 4) if grace is None else grace
     try:
         return "passed" if process.wait(seconds - grace) == 0 else "failed"
