@@ -7,7 +7,7 @@ Both directions of a layer run in one launch, or several layers as a wavefront: 
 at step t - 1, whose product with its input is in the kernel.
 
 Sizes: as in `persistent`; Z is the number of directions, or of layers in a wavefront, and a "plane" one of them.
-Projections are folded: h is what `weight_hr` gets (`fold`), and H its size, too.
+Projections are folded: h is what `weight_hr` gets (`folded`), and H its size, too.
 """
 
 import torch

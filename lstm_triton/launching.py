@@ -79,9 +79,11 @@ def of_wavefront(layer: Layer, layers: int) -> Plan | None:
         return None
     if layer.plan is not None:
         return layer.plan if layer.plan.layers > 1 else None
+    if planning.forces_wavefront():
+        return replace(of(layer), layers=layers)
     if layer.input.is_cuda and planning.forced() is None:
         return tiling.wavefront(gpus.of(layer.input.device), _work(layer), layers)
-    return planning.wavefront(of(layer), layers)
+    return None
 
 
 def describe(layer: Layer, plan: Plan) -> str:

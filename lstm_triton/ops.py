@@ -21,6 +21,7 @@ from lstm_triton import launching, planning, reference
 from lstm_triton.eager import Eager
 from lstm_triton.gpu import tuning
 from lstm_triton.operator import Operator
+from lstm_triton.planning import Plan
 from lstm_triton.recurrence import (
     Gradients,
     Layer,
@@ -121,18 +122,20 @@ class _Stack:
         """
         return 0 if keep and self.directions > 1 else engine.window_length
 
-    def wavefront(self, inputs: list[Tensor]) -> launching.Wavefront | None:
-        """All layers as one launch, where that is the plan.
-
-        Args:
-            inputs: of each layer, (N, I) and (N, D * K); in forward the first alone.
-        """
+    def wavefront(self) -> Plan | None:
+        """The plan for all layers in one launch; None where they run one by one."""
         if self.backend != "triton" or self.layers == 1:
             return None
+        return launching.of_wavefront(self.layer(0, self.input), self.layers)
+
+    def front(self, plan: Plan, inputs: list[Tensor]) -> launching.Wavefront:
+        """All layers as one launch.
+
+        Args:
+            plan: that for it.
+            inputs: of each layer, (N, I) and (N, D * K); in forward the first stands for all.
+        """
         layers = [self.layer(k, inputs[min(k, len(inputs) - 1)]) for k in range(self.layers)]
-        plan = launching.of_wavefront(layers[0], self.layers)
-        if plan is None:
-            return None
         recurrent = RecurrentDropout(self.mask, self.seed if self.p > 0 else None, self.p, self.per_step)
         drops = launching.Drops(recurrent, self.seed if self.dropout > 0 else None, self.dropout)
         cx = self.cx if self.kept == self.dtype else self.cx.to(self.kept)
@@ -167,8 +170,7 @@ def describe(
     stack = _Stack(
         input, batch_sizes, hx, cx, weights, num_layers, bias, 0.0, None, seed, p, True, backend, save, chunk > 0
     )  # fmt: skip
-    first = stack.layer(0, stack.input)
-    front = launching.of_wavefront(first, num_layers) if num_layers > 1 and not (chunk and save) else None
+    first, front = stack.layer(0, stack.input), None if chunk and save else stack.wavefront()
     if front is not None:
         return [f"layers 0 to {num_layers - 1}, a step apart: {launching.describe(first, front)}"]
     rows = stack.input[:1, :1]
@@ -223,9 +225,9 @@ def forward(
     width = stack.directions * hx.size(2)
     hn, cn, outputs, gates, cells = [], [], [], [], []
     with gemms_as_rnn(x):
-        front = None if recompute else stack.wavefront([x])
-        if front is not None:
-            y, found = front.forward(save)
+        plan = None if recompute else stack.wavefront()
+        if plan is not None:
+            y, found = stack.front(plan, [x]).forward(save)
             output = (y[-1] if save else y).view(*input.shape[:-1], width)
             kept = [*y[:-1], *found.gates.split(1), *found.c.split(1)] if save else []
             return output, found.hn, found.cn if same else found.cn.to(stack.dtype), kept
@@ -337,11 +339,10 @@ def backward(
     dy = _flat(doutput)
     wanted = input_wanted, weights_wanted
     with gemms_as_rnn(stack.input):
-        front = None
-        if not chunk and num_layers > 1:
+        plan = None if chunk else stack.wavefront()
+        if plan is not None:
             inputs = [stack.input, *(stack.drop(y, k) for k, y in enumerate(outputs[:-1]))]
-            front = stack.wavefront(inputs)
-        if front is not None:
+            front = stack.front(plan, inputs)
             dinput, dh, dc, dweights = _front_gradients(
                 stack, front, outputs, dy, dhn, dcn, gates, cells, *wanted
             )  # fmt: skip

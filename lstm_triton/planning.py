@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -64,12 +64,12 @@ class Plan:
 
 def forced() -> str | None:
     """The strategy that `force` asks for."""
-    return "cooperative" if _forced == "wavefront" else _forced
+    return "cooperative" if forces_wavefront() else _forced
 
 
-def wavefront(plan: Plan, layers: int) -> Plan | None:
-    """The plan for several layers in one launch, from that for one of them; None where they run one by one."""
-    return replace(plan, layers=layers) if _forced == "wavefront" else None
+def forces_wavefront() -> bool:
+    """Whether layers that can share a "cooperative" launch should."""
+    return _forced == "wavefront"
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def choose_on_cpu(
     """The plan for a layer in native kernels on a CPU.
 
     Args:
-        batch, hidden, size: as of `choose`.
+        batch, hidden, size: as of `choose_interpreted`.
         features: I, the size of the input.
         directions: D.
         threads: that run the programs, each of which has a direction of some rows of the batch.
