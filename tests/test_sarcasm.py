@@ -100,8 +100,8 @@ def test_batches_are_padded_to_their_own_longest_row(few: data.Headlines) -> Non
 def test_model_is_the_published_one() -> None:
     model = published.Classifier()
     assert sum(p.numel() for p in model.parameters()) == 30_914
-    assert model.lstm.recurrent_dropout == 0.5 and model.lstm.recurrent_dropout_mode == "step"
-    for name, parameter in model.lstm.named_parameters():
+    assert model.rnn.recurrent_dropout == 0.5 and model.rnn.recurrent_dropout_mode == "step"
+    for name, parameter in model.rnn.named_parameters():
         if name.startswith("bias"):
             assert not parameter.any()
         else:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import torch
 
-from bench.sarcasm import data
+from bench.sarcasm import data, published
+from bench.sarcasm.cells import CELLS, LSTM
+from bench.sarcasm.compare import compare
 from bench.sarcasm.recipes import RECIPES, REPORTS
 from bench.sarcasm.run import RunError, run
 
 BACKENDS = ("auto", "eager", "triton", "torch")
+ALL = "all"
 INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
 
 
@@ -25,14 +28,25 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", choices=RECIPES, default="published", help="default: %(default)s")
     parser.add_argument(
+        "--cell",
+        choices=(*CELLS, ALL),
+        nargs="+",
+        default=[LSTM],
+        metavar="CELL",
+        help=f"of the recipe's layers: {', '.join(CELLS)}, or {ALL}; default: {LSTM}. Others, or several, are compared "
+        "in one report, in the sub-folder cells",
+    )
+    parser.add_argument(
         "--epochs",
         type=positive,
         metavar="N",
         help="default: the recipe's own number; of best, these are the epochs of classification, "
         "which come after a fixed number of epochs as a language model",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="S", help="default: 0 1 2 3 4")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="TritonLSTM's; default: %(default)s")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", metavar="S", help="default: 0 1 2 3 4, where cells are compared 0 1 2"
+    )
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="the layers'; default: %(default)s")
     parser.add_argument(
         "--out",
         type=Path,
@@ -60,8 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = RECIPES[args.recipe]
         headlines = data.load(args.data)
         out = args.out or data.default_out(headlines)
-        summary = run(recipe, headlines, args.backend, args.epochs or recipe.EPOCHS, args.seeds, out)
-        print(REPORTS[recipe.NAME](out / recipe.NAME, summary))
+        epochs = args.epochs or recipe.EPOCHS
+        if args.cell == [LSTM]:
+            folder = out / recipe.NAME
+            summary = run(recipe, headlines, args.backend, epochs, args.seeds or range(5), folder)
+            print(REPORTS[recipe.NAME](folder, summary))
+        elif recipe is not published:
+            raise RunError(f"the recipe {recipe.NAME!r} has no other cell than {LSTM!r}")
+        else:
+            names = [name for name in CELLS if name in args.cell or ALL in args.cell]
+            print(compare(names, headlines, args.backend, epochs, args.seeds or range(3), out / "cells"))
     except (data.DataError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

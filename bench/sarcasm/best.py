@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.sarcasm import cells
 from bench.sarcasm.best_text import CHAR_BUCKETS, PAD, UNKNOWN, Batch, Rows, Vocabulary, tokenize
 from bench.sarcasm.data import Headlines
 from bench.sarcasm.published import split_facts, verified_split
@@ -168,9 +169,20 @@ class Training:
         backend: TritonLSTM's.
         device: where the model runs.
         epochs: of phase 2.
+        cell: the recipe has the LSTM alone; ValueError for another one.
     """
 
-    def __init__(self, corpus: Corpus, seed: int, backend: str, device: torch.device, epochs: int = EPOCHS) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        seed: int,
+        backend: str,
+        device: torch.device,
+        epochs: int = EPOCHS,
+        cell: str = cells.LSTM,
+    ) -> None:
+        if cell != cells.LSTM:
+            raise ValueError(f"the cell is {cells.LSTM!r} here, got {cell!r}")
         torch.manual_seed(seed)
         self.order = np.random.default_rng(seed)
         self.corpus, self.device = corpus, device

@@ -14,8 +14,8 @@ from sklearn.model_selection import train_test_split  # type: ignore[import-unty
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from bench.sarcasm import cells
 from bench.sarcasm.data import Headlines
-from lstm_triton import TritonLSTM
 
 NAME = "published"
 EPOCHS = 30
@@ -99,18 +99,18 @@ class Corpus:
     """The data set as the model sees it.
 
     rows: for each headline its token indices, (length,) int64; labels: (headlines,) int64.
-    train, test: indices of headlines.
+    train, test: indices of headlines; vocabulary: token → index.
     """
 
     def __init__(self, headlines: Headlines) -> None:
         tokens = [tokenize(text)[:LIMIT] for text in headlines.texts]
-        vocabulary = build_vocabulary(tokens)
-        self.rows = [torch.tensor([vocabulary.get(token, UNKNOWN) for token in line]) for line in tokens]
+        self.vocabulary = build_vocabulary(tokens)
+        self.rows = [torch.tensor([self.vocabulary.get(token, UNKNOWN) for token in line]) for line in tokens]
         self.labels = torch.tensor(headlines.labels)
         self.train, self.test = verified_split(headlines)
         self.facts = {
             **split_facts(headlines, self.train, self.test),
-            "vocabulary": len(vocabulary),
+            "vocabulary": len(self.vocabulary),
             "unknown_tokens_percent": 100 * float((torch.cat(self.rows) == UNKNOWN).double().mean()),
         }
 
@@ -127,26 +127,26 @@ class Corpus:
 class Classifier(nn.Module):
     """Embedding, two LSTM layers with recurrent dropout, the last h of the top one, Linear.
 
-    `forward` takes (B, T) token indices and returns (B, 2) logits. As in the review nothing masks
-    the padding: the state after the last padded step is used.
+    `cell` names another one of `bench.sarcasm.cells` in the LSTM's place. `forward` takes (B, T) token
+    indices and returns (B, 2) logits. As in the review nothing masks the padding: the state after the
+    last padded step is used.
     """
 
-    def __init__(self, backend: str = "auto") -> None:
+    def __init__(self, backend: str = "auto", cell: str = cells.LSTM) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, 16)
-        self.lstm = TritonLSTM(
-            16, 32, num_layers=2, batch_first=True, recurrent_dropout=DROPOUT, backend=backend
-        )  # fmt: skip
+        self.rnn = cells.build(cell, 16, 32, num_layers=2, recurrent_dropout=DROPOUT, backend=backend)
         self.linear = nn.Linear(32, 2)
-        for name, parameter in self.lstm.named_parameters():
-            if name.startswith("weight"):
-                nn.init.xavier_uniform_(parameter)
-            else:
+        for name, parameter in self.rnn.named_parameters():
+            if name.startswith("bias"):
                 nn.init.zeros_(parameter)
-        assert sum(p.numel() for p in self.parameters()) == PARAMETERS
+            elif parameter.dim() == 2:  # gains and peepholes, which the review has not, stay as their module has them
+                nn.init.xavier_uniform_(parameter)
+        assert cell != cells.LSTM or sum(p.numel() for p in self.parameters()) == PARAMETERS
 
     def forward(self, tokens: Tensor) -> Tensor:
-        _, (h, _) = self.lstm(self.embedding(tokens))
+        _, state = self.rnn(self.embedding(tokens))
+        h = state[0] if isinstance(state, tuple) else state
         return self.linear(F.dropout(h[-1], DROPOUT, self.training))
 
 
@@ -188,15 +188,24 @@ class Training:
     Args:
         corpus: the data.
         seed: fixes initialisation, order of the batches and dropout.
-        backend: TritonLSTM's.
+        backend: the layers'.
         device: where the model runs.
         epochs: how many there will be.
+        cell: of `bench.sarcasm.cells`.
     """
 
-    def __init__(self, corpus: Corpus, seed: int, backend: str, device: torch.device, epochs: int = EPOCHS) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        seed: int,
+        backend: str,
+        device: torch.device,
+        epochs: int = EPOCHS,
+        cell: str = cells.LSTM,
+    ) -> None:
         torch.manual_seed(seed)
         self.corpus, self.device = corpus, device
-        self.model = Classifier(backend).to(device)
+        self.model = Classifier(backend, cell).to(device)
         self.optimizer = optimizer(self.model)
         # Its own generator: the batches are the same whatever dropout draws, and on whatever device.
         self.order = torch.Generator().manual_seed(seed)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.files import write_atomically
+from bench.sarcasm import cells
 from bench.sarcasm.data import SYNTHETIC
 from lstm_triton import dispatch
 
@@ -63,8 +64,9 @@ def deviation(values: list[float]) -> float | None:
 
 def command(options: dict[str, Any], seeds: list[int]) -> str:
     """The command line of these results, less where the data lies."""
+    cell = f" --cell {options['cell']}" if options["cell"] != cells.LSTM else ""
     data = f" --data {SYNTHETIC}" if options["data"] == SYNTHETIC else ""
     return (
-        f"python -m bench.sarcasm --recipe {options['recipe']} --backend {options['backend']} "
+        f"python -m bench.sarcasm --recipe {options['recipe']}{cell} --backend {options['backend']} "
         f"--epochs {options['epochs']} --seeds {' '.join(map(str, seeds))}{data}"
     )

@@ -1,7 +1,7 @@
 """Seeds and epochs of a recipe, with checkpoints and the files that are written.
 
 A recipe is a module with NAME, EPOCHS (default number), `Corpus(headlines)` with `facts`, and
-`Training(corpus, seed, backend, device, epochs)` with `total_epochs` (more than `epochs` where there
+`Training(corpus, seed, backend, device, epochs, cell)` with `total_epochs` (more than `epochs` where there
 is pre-training), `batches_per_epoch`, `epoch(advance)`, `state_dict`, `load_state_dict`.
 """
 
@@ -18,11 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench.environment import environment
 from bench.files import replace, write_atomically
+from bench.sarcasm import cells
 from bench.sarcasm.data import SYNTHETIC, Headlines
 from bench.sarcasm.results import Row, summarize, write_csv
-from lstm_triton import TritonLSTM
 
-OPTIONS = ("recipe", "backend", "epochs", "data", "data_sha256", "device")
+OPTIONS = ("recipe", "backend", "epochs", "data", "data_sha256", "device", "cell")
+UNSAID = {"cell": cells.LSTM}  # what results mean that don't name the option
 
 
 class RunError(Exception):
@@ -30,17 +31,24 @@ class RunError(Exception):
 
 
 def run(
-    recipe: ModuleType, headlines: Headlines, backend: str, epochs: int, seeds: Sequence[int], out: Path
+    recipe: ModuleType,
+    headlines: Headlines,
+    backend: str,
+    epochs: int,
+    seeds: Sequence[int],
+    folder: Path,
+    cell: str = cells.LSTM,
 ) -> dict[str, Any]:
-    """Trains each seed that `out` has no results of yet, and writes the CSV files and the summary.
+    """Trains each seed that `folder` has no results of yet, and writes the CSV files and the summary.
 
     Args:
         recipe: one of `bench.sarcasm.RECIPES`.
         headlines: the data set.
-        backend: TritonLSTM's.
+        backend: the layers'.
         epochs: of each seed, as the recipe counts them.
         seeds: may name seeds finished before: these are not trained again.
-        out: the folder above the recipe's own.
+        folder: of the results, created where it isn't there.
+        cell: of `bench.sarcasm.cells`.
 
     Returns:
         The summary over all seeds in the folder, as in summary.json.
@@ -49,12 +57,11 @@ def run(
         RunError: the folder holds results or checkpoints of other options, or the backend cannot run.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    values = (recipe.NAME, backend, epochs, headlines.name, headlines.fingerprint, device.type)
+    values = (recipe.NAME, backend, epochs, headlines.name, headlines.fingerprint, device.type, cell)
     options = dict(zip(OPTIONS, values, strict=True))
-    folder = out / recipe.NAME
     summary = finished(folder, options)
     corpus = recipe.Corpus(headlines)
-    check_backend(recipe, corpus, backend, device)
+    check_backend(recipe, corpus, backend, device, cell)
     machine = environment()  # now: the commit may be another when the run ends
     if headlines.synthetic:
         print("Synthetic data: generated headlines, the figures say nothing about the real data set.")
@@ -71,11 +78,11 @@ def run(
     return summary
 
 
-def check_backend(recipe: ModuleType, corpus: Any, backend: str, device: torch.device) -> None:
-    """Raises RunError where the recipe cannot run through the backend here."""
+def check_backend(recipe: ModuleType, corpus: Any, backend: str, device: torch.device, cell: str) -> None:
+    """Raises RunError where the recipe cannot run with the cell, or through the backend, here."""
     try:
-        recipe.Training(corpus, 0, backend, device)
-        TritonLSTM(1, 1, backend=backend, device=device)(torch.zeros(1, 1, 1, device=device))
+        recipe.Training(corpus, 0, backend, device, cell=cell)
+        cells.build(cell, 1, 1, backend=backend).to(device)(torch.zeros(1, 1, 1, device=device))
     except (ValueError, RuntimeError) as error:
         raise RunError(f"{error} (recipe {recipe.NAME!r})") from None
 
@@ -95,7 +102,8 @@ def finished(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_others(what: str, found: dict[str, Any], options: dict[str, Any]) -> None:
     """RunError where `found` is of other options, so that no run overwrites another's results."""
-    differing = [f"{k} {found.get(k)} (now {options[k]})" for k in OPTIONS if found.get(k) != options[k]]
+    known = UNSAID | found
+    differing = [f"{k} {known.get(k)} (now {options[k]})" for k in OPTIONS if known.get(k) != options[k]]
     if differing:
         raise RunError(f"{what} of other options: {', '.join(differing)}; remove it or give another --out")
 
@@ -104,7 +112,7 @@ def train_seed(
     recipe: ModuleType, corpus: Any, seed: int, options: dict[str, Any], device: torch.device, folder: Path
 ) -> list[Row]:
     """One row of results for each epoch; goes on from the seed's checkpoint where there is one."""
-    training = recipe.Training(corpus, seed, options["backend"], device, options["epochs"])
+    training = recipe.Training(corpus, seed, options["backend"], device, options["epochs"], options["cell"])
     total = training.total_epochs
     rows: list[Row] = []
     path = checkpoint_path(folder, seed)

@@ -57,7 +57,7 @@ class LoopClassifier(nn.Module):
         self.layers = nn.ModuleList([LoopLayer(16, 32), LoopLayer(32, 32)])
         self.embedding.load_state_dict(model.embedding.state_dict())
         self.linear.load_state_dict(model.linear.state_dict())
-        weights = model.lstm.state_dict()
+        weights = model.rnn.state_dict()
         for k, layer in enumerate(self.layers):
             for part, suffix in (("x_gates", "ih"), ("h_gates", "hh")):
                 linear = getattr(layer, part)
