@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from lstm_triton import launching
+from lstm_triton import cells, launching
 from lstm_triton.gpu import gpus, tiling
 from lstm_triton.gpu.gpus import Gpu
 from lstm_triton.gpu.model import Work
@@ -54,11 +54,20 @@ class Case(NamedTuple):
             return torch.empty(shape, dtype=dtype, device="meta")
 
         w_hr = tensor(k, h) if k != h else None
-        weights: Direction = tensor(4 * h, h), tensor(4 * h, k), tensor(4 * h), tensor(4 * h), w_hr
+        weights = Direction(tensor(4 * h, h), tensor(4 * h, k), tensor(4 * h), tensor(4 * h), w_hr)
         seed = tensor(1, dtype=torch.int64) if self.form == "dropout" else None
         states = tensor(directions, self.batch, k), tensor(directions, self.batch, h, dtype=state_dtype(dtype))
         dropout = RecurrentDropout(seed=seed, p=0.25)
-        return Layer(tensor(layout.total, h), *states, [weights] * directions, layout, dropout, self.records)
+        return Layer(
+            tensor(layout.total, h),
+            *states,
+            [weights] * directions,
+            layout,
+            dropout,
+            cells.of("lstm"),
+            None,
+            self.records,
+        )
 
 
 def batch_sizes(batch: int) -> torch.Tensor:

@@ -25,7 +25,6 @@ from lstm_triton.kernels.blocks import (
     rows_of_step,
     steps_of_window,
 )
-from lstm_triton.kernels.cells import lstm_forward
 from lstm_triton.kernels.cooperative_backward import backward
 from lstm_triton.kernels.launch import COOPERATIVE_RUN_TIME, Front, Launch, start
 from lstm_triton.recurrence import Pass, Window
@@ -140,7 +139,8 @@ def forward_kernel(
         a_if, a_fo = tl.split(tl.reshape(a, (BLOCK_B, BLOCK_H, 2, 2)))
         a_i, a_g = tl.split(a_if)
         a_f, a_o = tl.split(a_fo)
-        i, f, g, o, c_new, q = CELL(a_i, a_f, a_g, a_o, c)
+        saved, c_new, q = CELL((a_i, a_f, a_g, a_o), c, ())
+        i, f, g, o = saved
         q = cast(q, h.dtype)
         cell_mask = live[:, None] & (units < H)[None, :]
         h = tl.where(live[:, None], q, h)
@@ -214,9 +214,9 @@ def run(
         start(
             forward_kernel, launch.cooperative_grid(front.layers), [
                 gates, output, c, hx, cx, hn, cn, h, below, front.w_hh, front.w_ih, front.bias,
-                launch.offsets, launch.mask, front.seed, *meeting.tensors, *launch.numbers(window), *meeting.numbers,
-                *front.between,
-            ], launch.constants, BETWEEN=front.drops, MATVEC=launch.plan.matvec, SAVE=save, CELL=lstm_forward,
+                launch.offsets, launch.mask, front.seed, *meeting.tensors, *launch.numbers(window)[:9],
+                *meeting.numbers, *front.between,
+            ], launch.constants, BETWEEN=front.drops, MATVEC=launch.plan.matvec, SAVE=save, CELL=launch.cell.forward,
         )  # fmt: skip
     return Pass(hn, cn, gates, c)
 

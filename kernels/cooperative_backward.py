@@ -18,7 +18,6 @@ from lstm_triton.kernels.blocks import (
     rows_of_step,
     steps_of_window,
 )
-from lstm_triton.kernels.cells import lstm_backward
 from lstm_triton.kernels.launch import COOPERATIVE_RUN_TIME, Front, Launch, start
 from lstm_triton.recurrence import Gradients, Saved, Window
 
@@ -191,7 +190,8 @@ def backward_kernel(
                     BLOCK_B, BLOCK_H,
                 )  # fmt: skip
             dq += dx
-        da_i, da_f, da_g, da_o, dc_prev = CELL(i, f, g, o, c, c_prev, dq, dc)
+        da, dc_prev, _ = CELL((i, f, g, o), c, c_prev, dq, dc, ())
+        da_i, da_f, da_g, da_o = da
         cell_mask = live[:, None] & (units < H)[None, :]
         g_at = dgates_ptr + ((plane + at) * 4 * H)[:, None] + units[None, :]
         tl.store(g_at, cast(da_i, operand), mask=cell_mask)
@@ -231,9 +231,9 @@ def run(
         start(
             backward_kernel, launch.cooperative_grid(front.layers), [
                 doutput, dhn, dcn, saved.gates, saved.c, cx, dgates, dhx, dcx, front.w_hh, front.w_ih,
-                launch.offsets, launch.mask, front.seed, *meeting.tensors, *launch.numbers(window), *meeting.numbers,
-                *front.between,
-            ], launch.constants, BETWEEN=front.drops, CELL=lstm_backward,
+                launch.offsets, launch.mask, front.seed, *meeting.tensors, *launch.numbers(window)[:9],
+                *meeting.numbers, *front.between,
+            ], launch.constants, BETWEEN=front.drops, CELL=launch.cell.backward,
         )  # fmt: skip
     return Gradients(dhx, dcx, dgates, None, None)
 

@@ -9,15 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lstm_triton.cells.cell import Cell
 from lstm_triton.cpu import native
 from lstm_triton.dropout import PER_CALL, threshold_and_scale
 from lstm_triton.kernels import barrier
 from lstm_triton.kernels.blocks import INTERPRETED
 from lstm_triton.planning import Plan, blocks_of
-from lstm_triton.recurrence import Gradients, Layer, Layout, Pass, Saved, Window, rnn_precision
+from lstm_triton.recurrence import Direction, Gradients, Layer, Layout, Pass, Saved, Window, rnn_precision, rounded
 
 # Kernel arguments that vary from call to call and must not compile a kernel anew.
-RUN_TIME = ["T", "first", "last", "B", "n", "s", "threshold", "stream", "mask_steps"]
+RUN_TIME = [
+    "T", "first", "last", "B", "n", "s", "threshold", "stream", "mask_steps", "threshold_h", "threshold_c"
+]  # fmt: skip
 
 COOPERATIVE_RUN_TIME = [*RUN_TIME, "rounds", "launch", "between_threshold", "between_stream"]
 
@@ -66,27 +69,34 @@ class Launch:
     I: int
     projected: bool
     bias: bool
+    cell: Cell
     x: Tensor  # (N, I)
-    w_ih: Tensor  # (D, 4H, I)
-    w_hh: Tensor  # (D, 4H, K)
-    b_ih: Tensor  # (D, 4H) where there are biases
-    b_hh: Tensor  # (D, 4H) where there are biases
+    w_ih: Tensor  # (D, inputs * H, I), as of `lstm_triton.recurrence.Direction`
+    w_hh: Tensor  # (D, R * H, K), R = len(cell.recurrent)
+    b_ih: Tensor  # (D, inputs * H) where there are biases
+    b_hh: Tensor  # (D, len(cell.biases) * H) where there are biases
     w_hr: Tensor  # (D, K, H) where projected
+    parameters: Tensor  # (D, P, H) where the cell has some
     offsets: Tensor  # (T + 1 + B) int64 where ragged: the first rows of the steps and N, the lengths of the batch rows
     mask: Tensor  # (D, T or 1, B, K), or the seed
     mask_steps: int
-    drop: tuple[int, float, int]  # threshold, scale, stream
+    zoneout: Tensor  # the seed
+    drop: tuple[int | float, ...]  # threshold, scale, stream of recurrent dropout; of zoneout threshold and p of h, c
     constants: dict[str, Any]
     rebuild: dict[str, Any]  # those of the kernels in rebuild.py
 
     @classmethod
     def of(cls, plan: Plan, layer: Layer) -> "Launch":
-        input, layout, dropout = layer.input, layer.layout, layer.dropout
+        input, layout, dropout, cell, zoneout = layer.input, layer.layout, layer.dropout, layer.cell, layer.zoneout
         (N, I), (_, B, K), H = input.shape, layer.hx.shape, layer.cx.size(2)
         D = len(layer.directions)
-        w_ih, w_hh, b_ih, b_hh, w_hr = (_stacked(tensors) for tensors in zip(*layer.directions, strict=True))
+        w_ih, w_hh, b_ih, b_hh, w_hr, _ = (
+            _stacked(tensors) if name != "extra" else None
+            for name, tensors in zip(Direction._fields, zip(*layer.directions, strict=True), strict=True)
+        )
+        parameters = _stacked(tuple(d.vectors(cell, H) for d in layer.directions)) if cell.vectors else input
         ragged, projected, bias = not layout.is_dense, w_hr is not None, b_ih is not None
-        assert w_ih is not None and w_hh is not None
+        assert w_ih is not None and w_hh is not None and parameters is not None
         offsets = torch.tensor([*layout.starts, N, *layout.lengths], device=input.device) if ragged else input
         mask, mask_steps, kind, per_step = input, 1, "none", dropout.per_step
         if dropout.mask is not None:
@@ -94,12 +104,18 @@ class Launch:
             per_step = mask_steps > 1
         elif dropout.seed is not None:
             mask, kind = dropout.seed, "drawn"
+        drop, seed, zone = (*threshold_and_scale(dropout.p), dropout.stream, 0, 0.0, 0, 0.0), input, "none"
+        if zoneout is not None:
+            of_h, of_c = ((threshold_and_scale(p)[0], rounded(p)) for p in (zoneout.p_h, zoneout.p_c))
+            drop = (*drop[:2], zoneout.stream, *of_h, *of_c)
+            seed, zone = (input, "expected") if zoneout.seed is None else (zoneout.seed, "drawn")
         return cls(
-            plan, layout, D, layout.steps, B, H, K, I, projected, bias, input, w_ih, w_hh,
+            plan, layout, D, layout.steps, B, H, K, I, projected, bias, cell, input, w_ih, w_hh,
             input if b_ih is None else b_ih, input if b_hh is None else b_hh, input if w_hr is None else w_hr,
-            offsets, mask, mask_steps, (*threshold_and_scale(dropout.p), dropout.stream),
+            parameters, offsets, mask, mask_steps, seed, drop,
             *_constants(
-                input.dtype, plan, D, H, K, I, projected, bias, ragged, kind, per_step, rnn_precision(input.device)
+                cell, input.dtype, plan, D, H, K, I, projected, bias, ragged, kind, per_step, zone,
+                rnn_precision(input.device),
             ),
         )  # fmt: skip
 
@@ -124,23 +140,25 @@ class Launch:
             barriers.check()
 
     def numbers(self, window: Window) -> tuple[int | float, ...]:
-        """The kernels' last arguments: T, first, last, B, n, mask_steps, threshold, scale and stream."""
+        """The kernels' last arguments: T, first, last, B, n, mask_steps, those of dropout and zoneout."""
         return self.T, window.first, window.last, self.B, window.size(self.D), self.mask_steps, *self.drop
 
     def room(self, window: Window, gates: Tensor | None, c: Tensor | None, hx: Tensor, cx: Tensor, save: bool) -> Pass:
         """For what forward returns; `gates` are activated in place, None stands for new ones, of c as well."""
         n = window.size(self.D)
         if gates is None:
-            gates = hx.new_empty((self.D, n, 4 * self.H) if save else (0,))
+            gates = hx.new_empty((self.D, n, self.constants["WIDTH"] * self.H) if save else (0,))
         if c is None:
             c = cx.new_empty((self.D, n, self.H) if save else (0,))
         return Pass(torch.empty_like(hx), torch.empty_like(cx), gates, c)
 
     def gradients(self, window: Window, saved: Saved, dhn: Tensor, dcn: Tensor) -> Gradients:
         """Room for what backward returns."""
-        dgates = saved.gates if self.plan.fused else torch.empty_like(saved.gates)
-        dh = dgates.new_empty(self.D, window.size(self.D), self.K) if self.projected else None
-        return Gradients(torch.empty_like(dhn), torch.empty_like(dcn), dgates, dh, None)
+        D, H, n = self.D, self.H, window.size(self.D)
+        dgates = saved.gates if self.plan.fused else saved.gates.new_empty(D, n, self.cell.sums * H)
+        dh = dgates.new_empty(D, n, self.K) if self.projected else None
+        vectors = dhn.new_empty(self.grid[0], D, self.cell.vectors, H) if self.cell.vectors else None
+        return Gradients(torch.empty_like(dhn), torch.empty_like(dcn), dgates, dh, None, vectors)
 
 
 class Meeting(NamedTuple):
@@ -168,6 +186,7 @@ class Front(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _constants(
+    cell: Cell,
     dtype: torch.dtype,
     plan: Plan,
     D: int,
@@ -179,32 +198,46 @@ def _constants(
     ragged: bool,
     dropout: str,
     per_step: bool,
+    zoneout: str,
     precision: str,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Two dictionaries for all launches of a kind, the strategy's and that of rebuild.py.
 
     With the dtype they say the types of the other arguments, too.
     """
+    zoned, inputs = zoneout != "none", tuple(range(cell.inputs))
     constants = {
-        "D": D, "H": H, "K": K, "BLOCK_B": plan.block_b, "BLOCK_H": plan.block_h, "BLOCK_K": plan.block_k,
-        "HAS_HR": projected, "RAGGED": ragged, "DROPOUT": dropout, "PER_STEP": per_step,
+        "D": D, "H": H, "K": K, "SUMS": cell.sums, "INPUTS": inputs, "RECURRENT": cell.recurrent,
+        "BIASED": cell.biases, "SAVED": len(cell.saved), "WIDTH": max(cell.sums, len(cell.saved) + zoned),
+        "PARAMETERS": cell.vectors, "WHOLE_ROWS": cell.whole_rows,
+        "BLOCK_B": plan.block_b, "BLOCK_H": plan.block_h, "BLOCK_K": plan.block_k,
+        "HAS_HR": projected, "RAGGED": ragged, "DROPOUT": dropout, "PER_STEP": per_step, "ZONEOUT": zoneout,
+        "BIAS": bias and (plan.fused or cell.biases[-1] >= cell.inputs),
         "PRECISION": precision, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
     }  # fmt: skip
-    rebuild = constants | {"BLOCK_H": min(plan.block_h, REBUILT_UNITS)}
+    rebuild = constants | {} if cell.whole_rows else constants | {"BLOCK_H": min(plan.block_h, REBUILT_UNITS)}
     if plan.strategy != "step" and torch.version.hip is None:  # ptxas may spill some at half the registers there are
         constants["maxnreg"] = min(255, REGISTERS // (32 * plan.num_warps))
+    if plan.strategy == "step":
+        constants["RUNS"] = tuple((rows.start, sums.start, sums.stop - sums.start) for rows, sums in cell.runs())
     if plan.strategy == "persistent":
         # Of no use to a kernel that isn't fused: there the same for all layers, which share one kernel then.
         features = I if plan.fused else 1
         block_i = 1 << (features - 1).bit_length()
-        constants |= {"I": features, "BLOCK_I": block_i, "FUSED": plan.fused, "BIAS": bias and plan.fused}
+        constants |= {"I": features, "BLOCK_I": block_i, "FUSED": plan.fused}
     if plan.strategy == "cooperative":
-        for name in ("K", "BLOCK_K", "HAS_HR"):
+        for name in (
+            "K", "BLOCK_K", "HAS_HR", "SUMS", "INPUTS", "RECURRENT", "BIASED", "SAVED", "WIDTH", "PARAMETERS",
+            "WHOLE_ROWS", "ZONEOUT", "BIAS",
+        ):  # fmt: skip
             del constants[name]
         k1, k2 = blocks_of(H, plan.slices)
         constants |= {"LAYERS": plan.layers, "SLICES": plan.slices, "K1": k1, "K2": k2, "launch_cooperative_grid": True}
         units, inner = (max(PER_CALL, 1 << (n - 1).bit_length()) for n in (H, K))  # none waits for the others' there
-        rebuild |= {"BLOCK_H": min(units, REBUILT_UNITS), "BLOCK_K": min(inner, REBUILT_UNITS)}
+        rebuild |= {
+            "BLOCK_H": units if cell.whole_rows else min(units, REBUILT_UNITS),
+            "BLOCK_K": min(inner, REBUILT_UNITS),
+        }
     return constants, rebuild
 
 

@@ -1,7 +1,7 @@
 """What backward rebuilds of a window's forward: parallel over time, but for the scan of c.
 
 Neither is a pass over the sequence like forward: the h that each step multiplied comes from the
-outputs, the gates' sums are then a GEMM of all steps, and only c = f * c_prev + i * g is sequential.
+outputs, the sums are then a GEMM of all steps, and only c, pointwise, is sequential.
 """
 
 import torch
@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lstm_triton.kernels import tiles
 from lstm_triton.kernels.blocks import (
     cast,
     mask_tile,
@@ -17,8 +18,8 @@ from lstm_triton.kernels.blocks import (
     rows_of_step,
     steps_of_window,
 )
-from lstm_triton.kernels.cells import lstm_forward
 from lstm_triton.kernels.launch import RUN_TIME, Launch, start
+from lstm_triton.kernels.pointwise import run_forward, zoned
 from lstm_triton.recurrence import Window
 
 
@@ -29,11 +30,13 @@ def multiplied_kernel(
     h_prev_ptr,  # (D, n, K) out
     offsets_ptr,  # (T + 1 + B) where RAGGED, as in `persistent`
     mask_ptr,  # see mask_tile
-    T, first, last, B, n, mask_steps, threshold, scale, stream,
+    T, first, last, B, n, mask_steps, threshold, scale, stream, threshold_h, p_h, threshold_c, p_c,
     D: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    SUMS: tl.constexpr, INPUTS: tl.constexpr, RECURRENT: tl.constexpr, BIASED: tl.constexpr,
+    SAVED: tl.constexpr, WIDTH: tl.constexpr, PARAMETERS: tl.constexpr, WHOLE_ROWS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_HR: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ZONEOUT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # A program owns a tile of the batch at one step.
     d = tl.program_id(2)
@@ -71,15 +74,19 @@ def multiplied(launch: Launch, window: Window, output: Tensor, hx: Tensor) -> Te
 
 @triton.jit(do_not_specialize=RUN_TIME)
 def activate_kernel(
-    gates_ptr,  # (D, n, 4H) in: the sums; out: activated
+    gates_ptr,  # (D, n, WH) in: the sums; out: what the cell keeps
     c_ptr,  # (D, n, H) out
     cx_ptr,  # (D, B, H) before the window
+    parameters_ptr,  # (D, P, H)
+    zoneout_ptr,  # one int64, the seed, where ZONEOUT is "drawn"
     offsets_ptr,  # (T + 1 + B) where RAGGED, as in `persistent`
-    T, first, last, B, n, mask_steps, threshold, scale, stream,
+    T, first, last, B, n, mask_steps, threshold, scale, stream, threshold_h, p_h, threshold_c, p_c,
     D: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    SUMS: tl.constexpr, INPUTS: tl.constexpr, RECURRENT: tl.constexpr, BIASED: tl.constexpr,
+    SAVED: tl.constexpr, WIDTH: tl.constexpr, PARAMETERS: tl.constexpr, WHOLE_ROWS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_HR: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
-    PRECISION: tl.constexpr, CELL: tl.constexpr,
+    ZONEOUT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, CELL: tl.constexpr,
 ):  # fmt: skip
     # A program owns a tile of the batch and some hidden units, which need nothing of the others.
     d = tl.program_id(2)
@@ -89,31 +96,34 @@ def activate_kernel(
     plane = d.to(tl.int64) * n - row_of_step(offsets_ptr, low, B, RAGGED)
     in_batch = (rows < B)[:, None] & (units < H)[None, :]
     c = tl.load(cx_ptr + ((d * B + rows) * H)[:, None] + units[None, :], mask=in_batch, other=0.0)
-    gate = gates_ptr.dtype.element_ty
+    unit_mask = (units < H)[None, :]
+    at_vectors = parameters_ptr + d * PARAMETERS * H + units[None, :]
+    parameters = tiles.load_as(at_vectors, H, unit_mask, PARAMETERS, c.dtype)
     begin, end = passes_of_tile(offsets_ptr, d, T, first, last, tl.program_id(0) * BLOCK_B, RAGGED)
     for s in range(begin, end):
         t = s if d == 0 else T - 1 - s
         at, live = rows_of_step(offsets_ptr, t, low, high, B, rows, RAGGED)
-        mask = live[:, None] & (units < H)[None, :]
-        g_at = gates_ptr + ((plane + at) * 4 * H)[:, None] + units[None, :]
-        a_i = tl.load(g_at, mask=mask, other=0.0).to(c.dtype)
-        a_f = tl.load(g_at + H, mask=mask, other=0.0).to(c.dtype)
-        a_g = tl.load(g_at + 2 * H, mask=mask, other=0.0).to(c.dtype)
-        a_o = tl.load(g_at + 3 * H, mask=mask, other=0.0).to(c.dtype)
-        i, f, g, o, c_new, _ = CELL(a_i, a_f, a_g, a_o, c)
-        tl.store(g_at, cast(i, gate), mask=mask)
-        tl.store(g_at + H, cast(f, gate), mask=mask)
-        tl.store(g_at + 2 * H, cast(g, gate), mask=mask)
-        tl.store(g_at + 3 * H, cast(o, gate), mask=mask)
+        mask = live[:, None] & unit_mask
+        g_at = gates_ptr + ((plane + at) * WIDTH * H)[:, None] + units[None, :]
+        sums = tiles.load_as(g_at, H, mask, SUMS, c.dtype)
+        saved, c_new, _ = run_forward(CELL, sums, c, parameters, unit_mask, H, WHOLE_ROWS)
+        if ZONEOUT != "none":
+            saved += (c_new,)
+            _, of_c = zoned(
+                zoneout_ptr, d, t, rows, tl.program_id(1) * BLOCK_H, stream, threshold_h, p_h, threshold_c, p_c,
+                BLOCK_B, BLOCK_H, ZONEOUT,
+            )  # fmt: skip
+            c_new += of_c * (c - c_new)
+        tiles.store(g_at, H, saved, mask)
         tl.store(c_ptr + ((plane + at) * H)[:, None] + units[None, :], c_new, mask=mask)
         c = tl.where(live[:, None], c_new, c)
 
 
 def activate(launch: Launch, window: Window, gates: Tensor, cx: Tensor) -> Tensor:
-    """Activates the sums in `gates` (D, n, 4H) in place; c after each step (D, n, H)."""
+    """What the cell keeps in place of the sums in `gates` (D, n, WH); c after each step (D, n, H)."""
     c = torch.empty(*gates.shape[:2], launch.H, dtype=cx.dtype, device=cx.device)
     constants = launch.rebuild
     grid = launch.grid[0], -(-launch.H // constants["BLOCK_H"]), launch.D
-    arguments = [gates, c, cx, launch.offsets, *launch.numbers(window)]
-    start(activate_kernel, grid, arguments, constants, CELL=lstm_forward)
+    arguments = [gates, c, cx, launch.parameters, launch.zoneout, launch.offsets, *launch.numbers(window)]
+    start(activate_kernel, grid, arguments, constants, CELL=launch.cell.forward)
     return c

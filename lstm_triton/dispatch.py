@@ -11,9 +11,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import _VF, Tensor
+from torch import Tensor
 
-from lstm_triton import planning, reference
+from lstm_triton import cells, operator, planning, reference
 from lstm_triton.cpu import build, runtime
 from lstm_triton.gpu import choice
 
@@ -62,7 +62,10 @@ def _by_rule(call: Call) -> tuple[str, str]:
     """PyTorch's operator wherever it does the job and nothing here is known to be faster."""
     input, packed, drops, options = call.input, call.batch_sizes is not None, call.drops, call.options
     compiling = torch.compiler.is_compiling()
-    why = "PyTorch's operator has no recurrent dropout" if drops else "torch.compile would unroll PyTorch's operator"
+    why = "torch.compile would unroll PyTorch's operator"
+    lacks = "recurrent dropout" if drops else operator_lacks(options)
+    if lacks:
+        why = f"PyTorch's operator has no {lacks}"
     if input.is_cuda and compiling and has_triton():
         return "triton", why
     on_cpu = input.device.type == "cpu"
@@ -70,12 +73,12 @@ def _by_rule(call: Call) -> tuple[str, str]:
         (_, batch, size), hidden, directions = call.hx[0].shape, call.hx[1].size(2), 1 + options.bidirectional
         features = max(input.size(-1), directions * size) if options.num_layers > 1 else input.size(-1)
         fast = input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        sizes = batch, features, hidden, size, directions, torch.get_num_threads()
-        if drops:
+        sizes = cells.of(options.cell), batch, features, hidden, size, directions, torch.get_num_threads()
+        if lacks:
             return "triton", why
         if fast and planning.pays_on_cpu(*sizes, packed, call.save, bool(options.recompute)):
             return "triton", "native kernels are faster than PyTorch's operator at this size"
-    if drops or compiling:
+    if lacks or compiling:
         return "eager", why
     if packed and call.save and on_cpu and input.size(0) >= PACKED_ROWS:
         return "eager", "PyTorch's operator keeps autograd nodes for each step of a packed batch"
@@ -117,7 +120,14 @@ def check_triton(device: torch.device) -> None:
         build.compiler()  # says what to install
 
 
-def torch_lstm(
+def operator_lacks(options: "Options") -> str:
+    """What PyTorch's operator lacks for these options, in words; empty if nothing: recurrent dropout apart."""
+    if cells.of(options.cell).operator is None:
+        return f"cell {options.cell!r}"
+    return "zoneout" if options.zones else ""
+
+
+def torch_operator(
     input: Tensor, batch_sizes: Tensor | None, hx: tuple[Tensor, Tensor], weights: list[Tensor], options: "Options"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch's operator: cuDNN, MIOpen, oneDNN or ATen."""
@@ -150,9 +160,10 @@ class _DoubleBackward(torch.autograd.Function):
         o = ctx.options
 
         def rerun(input: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-            return reference.lstm(
-                input, (h, c), list(weights), ctx.batch_sizes, o.num_layers, o.bias, o.bidirectional, o.batch_first
-            )
+            return reference.stack(
+                cells.of(o.cell), input, (h, c), list(weights), ctx.batch_sizes, o.num_layers, o.bias,
+                o.bidirectional, o.batch_first,
+            )  # fmt: skip
 
         found = reference.differentiable_vjp(rerun, list(ctx.saved_tensors), gradients)
         return None, None, None, None, None, *found
@@ -162,7 +173,5 @@ def _operator(
     input: Tensor, batch_sizes: Tensor | None, hx: tuple[Tensor, Tensor], weights: list[Tensor], options: "Options"
 ) -> tuple[Tensor, Tensor, Tensor]:
     o = options
-    common = (hx, weights, o.bias, o.num_layers, o.dropout, o.training, o.bidirectional)
-    if batch_sizes is None:
-        return _VF.lstm(input, *common, o.batch_first)
-    return _VF.lstm(input, batch_sizes, *common)
+    common = (*hx, weights, o.bias, o.num_layers, o.dropout, o.training, o.bidirectional)
+    return operator.call(cells.of(o.cell), input, batch_sizes, *common, batch_first=o.batch_first)

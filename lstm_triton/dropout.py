@@ -45,8 +45,10 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> list
     return [c0, c1, c2, c3]
 
 
-# The stream of dropout between layers is this number and the layer's; those of recurrent dropout are below.
+# The streams of dropout between layers begin here, as does that of a layer; of zoneout here and there, with the numbers
+# that a layer's direction has in recurrent dropout, whose streams begin with 0.
 BETWEEN = 2**30
+ZONEOUT_H, ZONEOUT_C = 2**28, 2**29
 # Elements that `drop` draws at a time: the generator's words take some hundred bytes for each eight of them.
 _AT_A_TIME = 2**20
 

@@ -1,4 +1,4 @@
-"""The functional form: `lstm` takes what `torch.lstm` takes, and what it lacks."""
+"""The functional forms: `lstm` takes what `torch.lstm` takes, and what it lacks; `recurrent` is that for any cell."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lstm_triton import dispatch, ops
-from lstm_triton.recurrence import Layout, RecurrentDropout, state_dtype, steps_within
+from lstm_triton import cells, dispatch, ops
+from lstm_triton.cells import Cell, register
+from lstm_triton.recurrence import Layout, RecurrentDropout, present, state_dtype, steps_within
 
 MODES = ("step", "sequence")
 
@@ -25,6 +26,12 @@ class Options(NamedTuple):
     recurrent_dropout_mode: str
     backend: str
     recompute: bool | int = False
+    cell: str = "lstm"  # the name of a `lstm_triton.cells.Cell`
+    zoneout: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def zones(self) -> bool:
+        return self.zoneout != (0.0, 0.0)
 
 
 def lstm(
@@ -79,10 +86,66 @@ def lstm(
         num_layers, bias, dropout, training, bidirectional, batch_first,
         recurrent_dropout, recurrent_dropout_mode, backend, recompute,
     )  # fmt: skip
+    return _checked(input, hx, weights, batch_sizes, options, recurrent_dropout_mask)
+
+
+def recurrent(
+    cell: Cell,
+    input: Tensor,
+    hx: tuple[Tensor, ...],
+    weights: list[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    num_layers: int = 1,
+    bias: bool = True,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    recurrent_dropout: float = 0.0,
+    recurrent_dropout_mode: str = "step",
+    recurrent_dropout_mask: Tensor | None = None,
+    zoneout: tuple[float, float] = (0.0, 0.0),
+    backend: str = "auto",
+    recompute: bool | int = False,
+) -> tuple[Tensor, ...]:
+    """A stack of layers of any cell; arguments, results and errors as of `lstm`, but:
+
+    Args:
+        cell: what is done in a time step.
+        hx: (h, c), or (h,) of a cell that doesn't carry c.
+        weights: for each layer and direction weight_ih (G_i H, I or D * K), weight_hh (G_h H, K), with `bias`
+            bias_ih (G_i H,) and bias_hh (G_b H,), with projections weight_hr (K, H), then the cell's parameters, each
+            (vectors * H,), those for biases alone with `bias`. G_i is `cell.inputs`, G_h and G_b are how many numbers
+            `cell.recurrent` and `cell.biases` have.
+        zoneout: probabilities of an element of h and of c staying what it was; in evaluation the expectation is taken.
+
+    Returns:
+        The output, and the final states, as many as in `hx`.
+    """
+    register(cell)
+    if len(hx) != 1 + cell.carries:
+        raise ValueError(f"hx should be {1 + cell.carries} tensors for the cell {cell.name!r}, got {len(hx)}")
+    options = Options(
+        num_layers, bias, dropout, training, bidirectional, batch_first,
+        recurrent_dropout, recurrent_dropout_mode, backend, recompute, cell.name, zoneout,
+    )  # fmt: skip
+    found = _checked(input, (hx[0], hx[-1]), weights, batch_sizes, options, recurrent_dropout_mask)
+    return found if cell.carries else found[:2]
+
+
+def _checked(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    weights: list[Tensor],
+    batch_sizes: Tensor | None,
+    options: Options,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     check_options(options)
     check_tensors(input, hx, weights, batch_sizes, options)
-    check_mask(recurrent_dropout_mask, input, hx, batch_sizes, options)
-    return run(input, batch_sizes, hx, weights, options, recurrent_dropout_mask)
+    check_mask(mask, input, hx, batch_sizes, options)
+    return run(input, batch_sizes, hx, weights, options, mask)
 
 
 def run(
@@ -99,16 +162,18 @@ def run(
     if batch_sizes is None and input.numel() == 0:
         if input.size(1 if options.batch_first else 0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        return dispatch.torch_lstm(input, batch_sizes, hx, weights, options)  # no rows: nothing to run or drop
+        return _without_rows(input, hx, weights, options)
     save = torch.is_grad_enabled() and any([x.requires_grad for x in (input, *hx, *weights)])
     if backend == "auto":
         backend = dispatch.auto(dispatch.Call(input, batch_sizes, hx, weights, options, drops, save), run)
-    if backend == "torch" and drops:
-        raise ValueError("backend='torch' has no recurrent dropout; use 'auto', 'eager' or 'triton'")
+    if backend == "torch":
+        lacks = "recurrent dropout" if drops else dispatch.operator_lacks(options)
+        if lacks:
+            raise ValueError(f"backend='torch' has no {lacks}; use 'auto', 'eager' or 'triton'")
     if backend == "torch" and not options.recompute:
-        return dispatch.torch_lstm(input, batch_sizes, hx, weights, options)
+        return dispatch.torch_operator(input, batch_sizes, hx, weights, options)
     if backend == "torch" and not save:
-        return dispatch.torch_lstm(input, batch_sizes, hx, weights, options)
+        return dispatch.torch_operator(input, batch_sizes, hx, weights, options)
     check_devices(input, hx, weights)
     if backend == "triton":
         dispatch.check_triton(input.device)
@@ -154,7 +219,8 @@ def _stack(
     p, per_step = options.recurrent_dropout, options.recurrent_dropout_mode == "step"
     if mask is not None or not drops:
         p = 0.0
-    seed = torch.randint(2**63 - 1, (1,), device=x.device) if p > 0 or between > 0 else None
+    draws = options.zones and options.training
+    seed = torch.randint(2**63 - 1, (1,), device=x.device) if p > 0 or between > 0 or draws else None
     if p > 0 and backend == "eager" and not chunk and not torch.compiler.is_compiling():
         # All layers' at once, which takes fewer operations; kernels draw theirs as they go.
         like = h0.to(state_dtype(x.dtype))
@@ -163,9 +229,20 @@ def _stack(
         mask = mask.to(state_dtype(x.dtype))
     y, hn, cn = ops.run(
         x, batch_sizes, h0, c0, weights, options.num_layers, options.bias, between, mask, seed, p, per_step,
-        backend, chunk, save,
+        backend, chunk, save, options.cell, list(options.zoneout) if options.zones else None, draws,
     )  # fmt: skip
     return y.transpose(0, 1) if dense and options.batch_first else y, hn, cn
+
+
+def _without_rows(
+    input: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor], options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The outputs where the batch is empty: nothing to run or drop."""
+    if not dispatch.operator_lacks(options):
+        return dispatch.torch_operator(input, None, hx, weights, options)
+    width = hx[0].size(2) * (1 + options.bidirectional)
+    total = sum(x.sum() for x in (input, *hx, *weights))  # all have a gradient, of zeros
+    return input.new_zeros(*input.shape[:2], width) + total, hx[0] + total, hx[1] + total
 
 
 def chunk_length(options: Options, steps: int, x: Tensor, h: Tensor, c: Tensor) -> int:
@@ -173,8 +250,15 @@ def chunk_length(options: Options, steps: int, x: Tensor, h: Tensor, c: Tensor) 
     if options.recompute is not True:
         return min(int(options.recompute), steps)
     # A step's rows have gates, their gradients, c and the h before it.
-    numbers = (9 * c.size(2) + h.size(2)) * (2 if options.bidirectional else 1)
+    cell = cells.of(options.cell)
+    numbers = ((width(options) + cell.sums + 1) * c.size(2) + h.size(2)) * (2 if options.bidirectional else 1)
     return min(steps, steps_within(numbers * x.element_size(), steps, x.numel() // x.size(-1), x.device))
+
+
+def width(options: Options) -> int:
+    """Tiles of H that a step's row has room for (`lstm_triton.recurrence.Layer.width`)."""
+    cell = cells.of(options.cell)
+    return max(cell.sums, len(cell.saved) + 1) if options.zones else cell.width
 
 
 def explain(
@@ -209,7 +293,7 @@ def explain(
     seed = torch.zeros(1, dtype=torch.int64, device=input.device) if drops else None
     lines += ops.describe(
         x.contiguous(), batch_sizes, *hx, weights, options.num_layers, options.bias, seed,
-        options.recurrent_dropout, backend, chunk, save,
+        options.recurrent_dropout, backend, chunk, save, options.cell, list(options.zoneout) if options.zones else None,
     )  # fmt: skip
     if save:
         lines.append(f"kept for backward: {_kept(layout, hx, options, chunk, input.dtype, backend)}")
@@ -228,7 +312,7 @@ def _kept(
         what = f"c at the borders of {parts} chunks of {chunk} steps"
     else:
         gate = state if backend == "eager" else dtype.itemsize
-        kept, what = count * layout.total * hidden * (4 * gate + state), "gates and c of every step"
+        kept, what = count * layout.total * hidden * (width(options) * gate + state), "gates and c of every step"
     outputs = ", and outputs between layers" if between else ""
     return f"{(kept + between) / 2**20:.1f} MiB beside input and output: {what}{outputs}"
 
@@ -239,6 +323,16 @@ def check_probability(name: str, value: object) -> None:
             f"{name} should be a number in range [0, 1] representing the probability of an element "
             f"being zeroed, got {value!r}"
         )
+
+
+def check_zoneout(value: object) -> tuple[float, float]:
+    """A pair of probabilities, one number standing for both."""
+    pair = value if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"zoneout should be a number or a pair (of h, of c), got {value!r}")
+    for name, p in zip(("zoneout of h", "zoneout of c"), pair, strict=True):
+        check_probability(name, p)
+    return float(pair[0]), float(pair[1])
 
 
 def check_recompute(value: object) -> None:
@@ -283,6 +377,7 @@ def check_options(options: Options) -> None:
     check_choice("recurrent_dropout_mode", options.recurrent_dropout_mode, MODES)
     check_choice("backend", options.backend, dispatch.BACKENDS)
     check_recompute(options.recompute)
+    check_zoneout(options.zoneout)
     if isinstance(options.num_layers, bool) or not isinstance(options.num_layers, int) or options.num_layers < 1:
         raise ValueError(f"num_layers should be an integer of at least 1, got {options.num_layers!r}")
 
@@ -323,22 +418,28 @@ def check_tensors(
             )
     _, batch = batch_of(input, batch_sizes, options.batch_first)
     count = options.num_layers * (2 if options.bidirectional else 1)
-    (h, c), hidden = hx, hx[1].size(-1)
+    (h, c), hidden, cell = hx, hx[1].size(-1), cells.of(options.cell)
     size = h.size(-1)
-    each = 2 + 2 * options.bias + (size != hidden)
+    if size != hidden and (not cell.carries or options.zones):
+        what = "zoneout" if options.zones else f"cell {cell.name!r}"
+        raise ValueError(f"{what} has no projections: hx[0] and hx[1] should have one size, got {size} and {hidden}")
+    extra = present(cell, options.bias)
+    each = 2 + 2 * options.bias + (size != hidden) + len(extra)
     if len(weights) != count * each:
         raise ValueError(
             f"weights should be {each} tensors for each of {count} layers and directions, got {len(weights)}"
         )
-    for name, state, width in (("hx[0]", h, size), ("hx[1]", c, hidden)):
-        if tuple(state.shape) != (count, batch, width):
-            raise RuntimeError(f"{name} should have shape {(count, batch, width)}, got {tuple(state.shape)}")
+    for name, state, wide in (("hx[0]", h, size), ("hx[1]", c, hidden)):
+        if tuple(state.shape) != (count, batch, wide):
+            raise RuntimeError(f"{name} should have shape {(count, batch, wide)}, got {tuple(state.shape)}")
+    inputs, recurrent, biased = cell.inputs * hidden, len(cell.recurrent) * hidden, len(cell.biases) * hidden
     for k, w in enumerate(weights):
         deep = k // each >= (2 if options.bidirectional else 1)
-        width = size * (2 if options.bidirectional else 1) if deep else input.size(-1)
-        shapes: list[tuple[int, ...]] = [(4 * hidden, width), (4 * hidden, size)]
-        shapes += [(4 * hidden,)] * 2 if options.bias else []
+        features = size * (2 if options.bidirectional else 1) if deep else input.size(-1)
+        shapes: list[tuple[int, ...]] = [(inputs, features), (recurrent, size)]
+        shapes += [(inputs,), (biased,)] if options.bias else []
         shapes += [(size, hidden)] if size != hidden else []
+        shapes += [(p.vectors * hidden,) for p in extra]
         if tuple(w.shape) != shapes[k % each]:
             raise RuntimeError(f"weights[{k}] should have shape {shapes[k % each]}, got {tuple(w.shape)}")
     if not torch._C._is_any_autocast_enabled():

@@ -56,9 +56,9 @@ def _chosen(layer: Layer, strategy: str | None) -> Plan:
     if input.is_cuda:
         return tiling.choose(gpus.of(input.device), _work(layer), strategy=strategy)
     if _kernels().INTERPRETED:
-        return planning.choose_interpreted(batch, hidden, size, input.dtype, strategy)
+        return planning.choose_interpreted(layer.cell, batch, hidden, size, input.dtype, strategy)
     lengths = None if layer.layout.is_dense else tuple(layer.layout.lengths)
-    sizes = batch, input.size(1), hidden, size, len(layer.directions)
+    sizes = layer.cell, batch, input.size(1), hidden, size, len(layer.directions)
     return planning.choose_on_cpu(*sizes, torch.get_num_threads(), strategy, lengths)
 
 
@@ -76,6 +76,8 @@ def of(layer: Layer) -> Plan:
 def of_wavefront(layer: Layer, layers: int) -> Plan | None:
     """The plan for all of a call's layers in one launch, from the first of them; None where they run one by one."""
     if len(layer.directions) > 1 or layer.hx.size(2) != layer.cx.size(2):
+        return None
+    if not layer.cell.is_plain or layer.cell.whole_rows or layer.zoneout is not None:
         return None
     if layer.plan is not None:
         return layer.plan if layer.plan.layers > 1 else None
@@ -158,8 +160,8 @@ class Kernels:
         gates = self.layer.products(window)
         with _device_of(output):
             h_prev = rebuild.multiplied(self.launch, window, output, hx)
-            for d, (_, w_hh, *_) in enumerate(self.layer.directions):
-                gates[d].addmm_(h_prev[d], w_hh.t())
+            for d in range(len(self.layer.directions)):
+                self.layer.add_products(d, h_prev[d], gates[d])
             return Saved(gates, rebuild.activate(self.launch, window, gates, cx), h_prev)
 
     def backward(
@@ -204,7 +206,7 @@ class Wavefront:
         self.whole = first._replace(hx=hx, cx=cx, dropout=drops.recurrent)
         self.launch = _kernels().Launch.of(plan, self.whole)
         self.window = Window(first.layout, 0, first.layout.steps)
-        w_ih, w_hh, b_ih, b_hh, _ = zip(*(layer.directions[0] for layer in layers), strict=True)
+        w_ih, w_hh, b_ih, b_hh, *_ = zip(*(layer.directions[0] for layer in layers), strict=True)
         bias = torch.zeros_like(torch.stack(w_ih[1:])[..., 0])
         if b_ih[0] is not None:
             bias = torch.stack(b_ih[1:]) + torch.stack(b_hh[1:])

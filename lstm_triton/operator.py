@@ -1,13 +1,35 @@
-"""One LSTM layer by PyTorch's operator (cuDNN, MIOpen, oneDNN), window by window, its steps run again in backward.
+"""PyTorch's operators (cuDNN, MIOpen, oneDNN): of a stack of layers, and of one whose steps run again in backward.
 
-For `recompute` alone: where everything may be kept, `lstm_triton.dispatch.torch_lstm` runs all layers at once.
-The operator tells no gates, so that they can't be rebuilt from the outputs: a window's forward is repeated.
+The latter is for `recompute` alone: the operators tell no gates, so that they can't be rebuilt from the outputs.
 """
+
+from typing import Any
 
 import torch
 from torch import _VF, Tensor
 
+from lstm_triton.cells.cell import Cell
 from lstm_triton.recurrence import Layer, LayerGradients, Pass, Saved, Window
+
+
+def call(
+    cell: Cell, input: Tensor, batch_sizes: Tensor | None, h: Tensor, c: Tensor, *arguments: Any, batch_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A stack of layers: output, h and c, which is h of a cell that doesn't carry it.
+
+    Args:
+        cell: one that has an operator.
+        input: (T, B, I), with `batch_first` (B, T, I), or (N, I) where there are `batch_sizes`.
+        h, c: (L * D, B, K), (L * D, B, H).
+        arguments: weights, bias, num_layers, dropout, training, bidirectional.
+    """
+    operator = getattr(_VF, cell.operator)  # type: ignore[arg-type]
+    hx = (h, c) if cell.carries else h
+    if batch_sizes is None:
+        found = operator(input, hx, *arguments, batch_first)
+    else:
+        found = operator(input, batch_sizes, hx, *arguments)
+    return found if cell.carries else (*found, found[1])
 
 
 class Operator:
@@ -64,16 +86,20 @@ class Operator:
                 wanted = [t for t in (x, h, c, *weights) if t.requires_grad]
                 given = [dy if order is None else dy[order]]
                 given += [g[d : d + 1, :rows].to(dtype) for g in (dhn, dcn)]
+                if not layer.cell.carries:  # c is h, and has no gradient of its own
+                    wanted.remove(c)
+                    outputs, given = outputs[:2], given[:2]  # type: ignore[assignment]
                 found = list(torch.autograd.grad(outputs, wanted, given))
             if input_wanted:
                 dx = found.pop(0)
                 dinput.append(dx if order is None else dx[order])
-            dhx[d, :rows], dcx[d, :rows] = found.pop(0)[0], found.pop(0)[0]
+            dhx[d, :rows] = found.pop(0)[0]
+            dcx[d, :rows] = found.pop(0)[0] if layer.cell.carries else 0.0
             dweights += found
         return LayerGradients(dhx, dcx, dinput, dweights)
 
     def _weights(self, d: int) -> list[Tensor]:
-        return [w for w in self.layer.directions[d] if w is not None]
+        return [w for w in self.layer.directions[d][:5] if w is not None]
 
     def _input(self, window: Window, d: int) -> tuple[Tensor, Tensor | None, int]:
         """Direction d's rows in the order of its pass, what restores their order, and how many batch rows they have.
@@ -91,8 +117,9 @@ class Operator:
     ) -> tuple[Tensor, Tensor, Tensor]:
         weights, part = weights or self._weights(d), window.part(d)
         bias, training = self.layer.directions[d][2] is not None, torch.is_grad_enabled()
-        common = ((h.contiguous(), c.contiguous()), weights, bias, 1, 0.0, training, False)
+        common = (h.contiguous(), c.contiguous(), weights, bias, 1, 0.0, training, False)
+        cell = self.layer.cell
         if part.is_dense:
-            y, h, c = _VF.lstm(x.view(part.steps, part.batch, -1), *common, False)
+            y, h, c = call(cell, x.view(part.steps, part.batch, -1), None, *common, batch_first=False)
             return y.flatten(0, 1), h, c
-        return _VF.lstm(x, torch.tensor(part.rows), *common)
+        return call(cell, x, torch.tensor(part.rows), *common, batch_first=False)

@@ -1,4 +1,4 @@
-"""A stack of LSTM layers as a PyTorch operator with gradients to any order.
+"""A stack of recurrent layers as a PyTorch operator with gradients to any order.
 
 The input product of all steps is a GEMM before the recurrence; the gradients of weights, biases
 and input are GEMMs after it. Only the recurrence itself has several ways to run, the engines
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from lstm_triton import cells, launching, planning, reference
 from lstm_triton import dropout as masks
-from lstm_triton import launching, planning, reference
+from lstm_triton.cells.cell import Cell
 from lstm_triton.eager import Eager
 from lstm_triton.gpu import tuning
 from lstm_triton.operator import Operator
@@ -30,6 +31,9 @@ from lstm_triton.recurrence import (
     RecurrentDropout,
     Saved,
     Window,
+    Zoneout,
+    parameter_gradients,
+    present,
     rnn_precision,
     state_dtype,
     windows,
@@ -79,10 +83,14 @@ class _Stack:
         p: float,
         per_step: bool,
         backend: str,
+        cell: str,
+        zoneout: list[float] | None,
+        draws: bool,
         records: bool = True,
         recompute: bool = False,
     ) -> None:
-        self.records = records
+        self.records, self.cell = records, cells.of(cell)
+        self.zoneout = None if zoneout is None else Zoneout(zoneout[0], zoneout[1], seed if draws else None)
         self.input, self.hx, self.cx, self.weights = _flat(input), hx, cx, weights
         self.layers, self.bias, self.backend = num_layers, bias, backend
         self.dropout, self.mask, self.seed, self.p, self.per_step = dropout, mask, seed, p, per_step
@@ -93,7 +101,7 @@ class _Stack:
         if backend == "triton" and tuning.has_plans() and planning.forced() is None:
             kind = records, batch_sizes is not None, mask is not None or p > 0, recompute
             sizes = input.size(-1), hx, cx, num_layers, self.layout.steps
-            self.plan = tuning.plan_for(input.device, tuning.Bucket.of(input.dtype, *sizes, *kind))
+            self.plan = tuning.plan_for(input.device, tuning.Bucket.of(input.dtype, *sizes, *kind, cell))
 
     def rows(self, k: int) -> slice:
         """Layer k's among the L * D."""
@@ -111,8 +119,9 @@ class _Stack:
         # Without a probability the seed is that of dropout between layers alone.
         seed = self.seed if self.p > 0 else None
         drops = RecurrentDropout(mask, seed, self.p, self.per_step, rows.start)
-        directions = by_direction(self.weights[self.weights_of(k)], self.bias, hx.size(2) != cx.size(2))
-        return Layer(input, hx, cx, directions, self.layout, drops, self.records, self.plan)
+        zoneout = None if self.zoneout is None else self.zoneout._replace(stream=rows.start)
+        directions = by_direction(self.cell, self.weights[self.weights_of(k)], self.bias, hx.size(2) != cx.size(2))
+        return Layer(input, hx, cx, directions, self.layout, drops, self.cell, zoneout, self.records, self.plan)
 
     def length(self, engine: Any, keep: bool) -> int:
         """Steps of a window where nothing is rebuilt; 0: all.
@@ -162,13 +171,16 @@ def describe(
     backend: str,
     chunk: int,
     save: bool,
+    cell: str,
+    zoneout: list[float] | None,
 ) -> list[str]:
     """How the layers would run, in words, a line for each that runs by itself; arguments as of `forward`."""
     if backend != "triton":
         how = "PyTorch's operator, chunk by chunk" if backend == "torch" else "PyTorch operations, step by step"
         return [f"layer {k}: {how}" for k in range(num_layers)]
     stack = _Stack(
-        input, batch_sizes, hx, cx, weights, num_layers, bias, 0.0, None, seed, p, True, backend, save, chunk > 0
+        input, batch_sizes, hx, cx, weights, num_layers, bias, 0.0, None, seed, p, True, backend, cell, zoneout, False,
+        save, chunk > 0,
     )  # fmt: skip
     first, front = stack.layer(0, stack.input), None if chunk and save else stack.wavefront()
     if front is not None:
@@ -195,6 +207,9 @@ def forward(
     backend: str,
     chunk: int,
     save: bool,
+    cell: str,
+    zoneout: list[float] | None,
+    draws: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Runs all layers.
 
@@ -202,28 +217,31 @@ def forward(
         input: (N, I) with the layout that `lstm_triton.recurrence` says, or dense as (T, B, I); contiguous.
         batch_sizes: None for a dense batch, else (T,) on the CPU.
         hx, cx: (L * D, B, K), (L * D, B, H).
-        weights, num_layers, bias: as `lstm_triton.functional.lstm` takes them.
+        weights, num_layers, bias: as `lstm_triton.functional.recurrent` takes them.
         dropout: between layers, where there is a seed.
         mask: None or (L * D, T or 1, B, K), what h is multiplied by before its product.
         seed, p, per_step: fields of `RecurrentDropout`.
         backend: "eager", "triton" or, with `chunk` alone, "torch".
         chunk: steps whose gates are rebuilt at a time in backward; 0: all gates are kept.
         save: whether a backward may follow.
+        cell: name of a `lstm_triton.cells.Cell`; of one that doesn't carry c, cx is hx, and so is cn hn.
+        zoneout: None, or the probabilities of h and c to stay.
+        draws: whether masks of zoneout are drawn from the seed; else the probabilities are in their place.
 
     Returns:
         output, with the leading sizes of the input; hn, cn as hx, cx; and what backward needs, nothing
-        without `save`: (N, D * K) outputs of all layers but the last, for each layer the activated gates
-        (D, N, 4H), for each c (D, N, H). With `chunk` the gates are empty and c is that before each
-        window but the first, (windows - 1, D, B, H).
+        without `save`: (N, D * K) outputs of all layers but the last, for each layer what its cell keeps, of an
+        LSTM the activated gates, (D, N, WH), for each c (D, N, H). With `chunk` the gates are empty and c is that
+        before each window but the first, (windows - 1, D, B, H).
     """
     stack = _Stack(
-        input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend, save,
-        save and chunk > 0,
+        input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend, cell,
+        zoneout, draws, save, save and chunk > 0,
     )  # fmt: skip
     recompute, same = save and chunk > 0, stack.kept == stack.dtype
     x = stack.input
     width = stack.directions * hx.size(2)
-    hn, cn, outputs, gates, cells = [], [], [], [], []
+    hn, cn, outputs, gates, carried = [], [], [], [], []
     with gemms_as_rnn(x):
         plan = None if recompute else stack.wavefront()
         if plan is not None:
@@ -254,10 +272,10 @@ def forward(
                 kept_c = torch.stack(borders) if borders else c.new_empty(0, *c.shape)
             outputs.append(y)
             gates.append(kept_gates)
-            cells.append(kept_c)
+            carried.append(kept_c)
             x = stack.drop(y, k)
     output = x if input.dim() == 2 else x.view(*input.shape[:-1], width)
-    kept = [*outputs[:-1], *gates, *cells] if save else []
+    kept = [*outputs[:-1], *gates, *carried] if save else []
     if num_layers == 1:
         return output, hn[0], cn[0], kept
     return output, torch.cat(hn), torch.cat(cn), kept
@@ -280,21 +298,24 @@ lstm = torch.library.custom_op("lstm_triton::lstm", _apart, mutates_args=())
 
 @lstm.register_fake
 def _(
-    input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend, chunk, save
+    input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend, chunk, save,
+    cell, zoneout, draws,
 ):  # fmt: skip
+    what = cells.of(cell)
+    width = what.width if zoneout is None else max(what.sums, len(what.saved) + 1)
     leading, (count, batch, size), hidden = input.shape[:-1], hx.shape, cx.size(2)
     directions, total = count // num_layers, math.prod(leading)
     kept, states = [], state_dtype(input.dtype)
     if save:
         kept = [input.new_empty(total, directions * size) for _ in range(num_layers - 1)]
-        gates: tuple[int, ...] = (directions, total, 4 * hidden)
-        cells: tuple[int, ...] = (directions, total, hidden)
+        gates: tuple[int, ...] = (directions, total, width * hidden)
+        carried: tuple[int, ...] = (directions, total, hidden)
         if chunk > 0:
             steps = total // batch if batch_sizes is None else batch_sizes.size(0)
-            gates, cells = (0,), ((steps + chunk - 1) // chunk - 1, directions, batch, hidden)
+            gates, carried = (0,), ((steps + chunk - 1) // chunk - 1, directions, batch, hidden)
         dtype = states if backend == "eager" and not chunk else input.dtype
         kept += [input.new_empty(gates, dtype=dtype) for _ in range(num_layers)]
-        kept += [input.new_empty(cells, dtype=states) for _ in range(num_layers)]
+        kept += [input.new_empty(carried, dtype=states) for _ in range(num_layers)]
     return (
         input.new_empty(*leading, directions * size),
         input.new_empty(hx.shape),
@@ -325,17 +346,20 @@ def backward(
     kept: list[Tensor],
     input_wanted: bool,
     weights_wanted: bool,
+    cell: str,
+    zoneout: list[float] | None,
+    draws: bool,
 ) -> list[Tensor]:
     """The gradients of `forward`: those of input, hx, cx and of each of `weights`.
 
     Those of the input and of the weights are empty where they aren't wanted.
     """
     stack = _Stack(
-        input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend, True,
-        chunk > 0,
+        input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend, cell,
+        zoneout, draws, True, chunk > 0,
     )  # fmt: skip
     outputs = [*kept[: num_layers - 1], _flat(output)]
-    gates, cells = kept[num_layers - 1 : 2 * num_layers - 1], kept[2 * num_layers - 1 :]
+    gates, carried = kept[num_layers - 1 : 2 * num_layers - 1], kept[2 * num_layers - 1 :]
     dy = _flat(doutput)
     wanted = input_wanted, weights_wanted
     with gemms_as_rnn(stack.input):
@@ -344,11 +368,11 @@ def backward(
             inputs = [stack.input, *(stack.drop(y, k) for k, y in enumerate(outputs[:-1]))]
             front = stack.front(plan, inputs)
             dinput, dh, dc, dweights = _front_gradients(
-                stack, front, outputs, dy, dhn, dcn, gates, cells, *wanted
+                stack, front, outputs, dy, dhn, dcn, gates, carried, *wanted
             )  # fmt: skip
         elif num_layers == 1:
             dinput, dh, dc, dweights = _layer_gradients(
-                stack, 0, stack.input, outputs[0], dy, dhn, dcn, gates[0], cells[0], chunk, *wanted
+                stack, 0, stack.input, outputs[0], dy, dhn, dcn, gates[0], carried[0], chunk, *wanted
             )
         else:
             dhx, dcx, dweights = [dhn] * num_layers, [dcn] * num_layers, []
@@ -356,7 +380,7 @@ def backward(
                 rows = stack.rows(k)
                 x = stack.drop(outputs[k - 1], k - 1) if k else stack.input
                 dinput, dhx[k], dcx[k], found = _layer_gradients(
-                    stack, k, x, outputs[k], dy, dhn[rows], dcn[rows], gates[k], cells[k], chunk,
+                    stack, k, x, outputs[k], dy, dhn[rows], dcn[rows], gates[k], carried[k], chunk,
                     input_wanted or k > 0, weights_wanted,
                 )  # fmt: skip
                 dweights = found + dweights
@@ -378,18 +402,18 @@ def _front_gradients(
     dhn: Tensor,
     dcn: Tensor,
     gates: list[Tensor],
-    cells: list[Tensor],
+    carried: list[Tensor],
     input_wanted: bool,
     weights_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Those of layers that run as a wavefront: of the input (N, ·), hx, cx and weights; arguments as of `backward`."""
-    found = front.backward(doutput, gates, cells, dhn.to(stack.kept), dcn.to(stack.kept))
+    found = front.backward(doutput, gates, carried, dhn.to(stack.kept), dcn.to(stack.kept))
     dinput, dweights = stack.input, []
     for k, layer in enumerate(front.layers):
         own = slice(k, k + 1)
         h_prev = front.multiplied(k, outputs[k]) if weights_wanted else None
         part = Gradients(found.dhx[own], found.dcx[own], found.dgates[own], None, h_prev)
-        saved, first = Saved(gates[k], cells[k]), input_wanted and k == 0
+        saved, first = Saved(gates[k], carried[k]), input_wanted and k == 0
         dx, each = _products(stack, layer, front.window, saved, part, first, weights_wanted)
         dweights += each
         if first:
@@ -406,7 +430,7 @@ def _layer_gradients(
     dhn: Tensor,
     dcn: Tensor,
     gates: Tensor,
-    cells: Tensor,
+    carried: Tensor,
     chunk: int,
     input_wanted: bool,
     weights_wanted: bool,
@@ -419,7 +443,7 @@ def _layer_gradients(
     if stack.kept != stack.dtype:
         dh, dc, cx = (x.to(stack.kept) for x in (dhn, dcn, cx))
     if len(parts) == 1 and not chunk:
-        window, saved = parts[0], Saved(gates, cells)
+        window, saved = parts[0], Saved(gates, carried)
         found = engine.backward(window, output, doutput, saved, layer.hx, cx, dh, dc, input_wanted, weights_wanted)
         dx, dweights = _products(stack, layer, window, saved, found, input_wanted, weights_wanted)
         if stack.directions == 2 and input_wanted:
@@ -434,10 +458,10 @@ def _layer_gradients(
         window = parts[index]
         h = window.state_before(output, layer.hx)
         if chunk:
-            c = cells[index - 1] if index else cx
+            c = carried[index - 1] if index else cx
             saved = engine.rebuild(window, output, h, c)
         else:
-            c, saved = window.state_before(cells[0], cx), Saved(gates, cells).rows(window)
+            c, saved = window.state_before(carried[0], cx), Saved(gates, carried).rows(window)
         found = engine.backward(window, output, doutput, saved, h, c, dh, dc, input_wanted, weights_wanted)
         dh, dc = found.dhx, found.dcx
         dx, dweights = _products(stack, layer, window, saved, found, input_wanted, weights_wanted)
@@ -466,23 +490,63 @@ def _products(
             return found.dinput, found.dweights
         return [x[: window.part(d).total] for d, x in enumerate(found.dinput)], found.dweights
     dx, dweights = [], []
-    hidden = saved.c.size(2)
-    for d, (w_ih, *_) in enumerate(layer.directions):
+    hidden, cell = saved.c.size(2), layer.cell
+    for d, weights in enumerate(layer.directions):
         rows = window.rows(d)
         own = slice(0, rows.stop - rows.start)
         da = found.dgates[d, own]
+        of_input, dgain = da[:, : cell.inputs * hidden], None
+        if cell.input_norm is not None:
+            of_input, dgain = _through_input_norm(layer, d, layer.input[rows], of_input)
         if input_wanted:
-            dx.append(da @ w_ih.to(da.dtype))
+            dx.append(of_input @ weights.w_ih.to(da.dtype))
         if weights_wanted:
             assert found.h_prev is not None
-            dweights += [da.t() @ layer.input[rows].to(da.dtype), da.t() @ found.h_prev[d, own]]
-            if stack.bias:
+            h_prev = found.h_prev[d, own]
+            dweights += [of_input.t() @ layer.input[rows].to(da.dtype), _of_sums(cell, da, h_prev, hidden)]
+            if weights.b_ih is not None:
                 db = da.sum(0)
-                dweights += [db, db.clone()]  # operators may not return one tensor twice
+                dweights += [db[: cell.inputs * hidden].clone(), _rows(db, cell.biases, hidden)]
             if found.dh is not None:
-                q = (saved.gates[d, own, 3 * hidden :] * torch.tanh(saved.c[d, own])).to(da.dtype)
+                q = (saved.gates[d, own, 3 * hidden : 4 * hidden] * torch.tanh(saved.c[d, own])).to(da.dtype)
                 dweights.append(found.dh[d, own].t() @ q)
+            if cell.parameters:
+                dweights += _of_parameters(cell, stack.bias, dgain, found.dparameters, d, da.dtype)
     return dx, dweights
+
+
+def _of_sums(cell: Cell, da: Tensor, h_prev: Tensor, hidden: int) -> Tensor:
+    """(R * H, K): the gradient of weight_hh, from those of the sums (n, GH) and h_prev (n, K)."""
+    pieces = [da[:, sums.start * hidden : sums.stop * hidden].t() @ h_prev for _, sums in cell.runs()]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _rows(vector: Tensor, of: tuple[int, ...], hidden: int) -> Tensor:
+    """Of a vector (GH,) the pieces of H with these numbers."""
+    if of == tuple(range(vector.size(0) // hidden)):
+        return vector.clone()  # operators may not return one tensor twice
+    return torch.cat([vector[k * hidden : (k + 1) * hidden] for k in of])
+
+
+def _through_input_norm(layer: Layer, d: int, x: Tensor, da: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the products with the input (n, inputs * H), and of the gain, from those of the sums."""
+    weights, cell = layer.directions[d], layer.cell
+    dtype, size = da.dtype, [da.size(1)]
+    product, gain = x.to(dtype) @ weights.w_ih.to(dtype).t(), weights.gain(cell).to(dtype)  # not kept: made again
+    assert cell.input_norm is not None
+    _, mean, factor = torch.native_layer_norm(product, size, gain, None, cell.input_norm)
+    dproduct, dgain, _ = torch.ops.aten.native_layer_norm_backward(
+        da.contiguous(), product, size, mean, factor, gain, None, [True, True, False]
+    )
+    return dproduct, dgain
+
+
+def _of_parameters(
+    cell: Cell, bias: bool, dgain: Tensor | None, vectors: Tensor | None, d: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """The gradients of a direction's parameters that are there."""
+    own = iter([] if vectors is None else parameter_gradients(cell, vectors[d], bias))
+    return [(dgain if p.of_input else next(own)).to(dtype) for p in present(cell, bias)]  # type: ignore[union-attr]
 
 
 lstm_backward = torch.library.custom_op("lstm_triton::lstm_backward", backward, mutates_args=())
@@ -491,7 +555,7 @@ lstm_backward = torch.library.custom_op("lstm_triton::lstm_backward", backward, 
 @lstm_backward.register_fake
 def _(
     doutput, dhn, dcn, input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step,
-    backend, chunk, output, kept, input_wanted, weights_wanted,
+    backend, chunk, output, kept, input_wanted, weights_wanted, cell, zoneout, draws,
 ):  # fmt: skip
     return [
         input.new_empty(input.shape if input_wanted else 0),
@@ -507,8 +571,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    input, batch_sizes, hx, cx, weights, *options, _ = inputs
-    ctx.layers, ctx.bias, ctx.dropout, mask, seed, *ctx.options = options
+    input, batch_sizes, hx, cx, weights, ctx.layers, ctx.bias, ctx.dropout, mask, seed, *options = inputs
+    ctx.options, ctx.cell = options[:4], options[5:]
     y, _, _, kept = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(input, batch_sizes, hx, cx, mask, seed, y, *weights, *kept)
@@ -525,6 +589,11 @@ def _gradients(run: Callable[..., list[Tensor]], ctx: Any, dy: Any, dhn: Any, dc
     dcn = torch.zeros_like(cx) if dcn is None else dcn.contiguous()
     input_wanted, weights_wanted = ctx.needs_input_grad[0], any([w.requires_grad for w in weights])
     if torch.is_grad_enabled():  # a graph of this backward is wanted: take the plainly written layers'
+        name, zoneout, draws = ctx.cell
+        cell, zone = (
+            cells.of(name),
+            None if zoneout is None else Zoneout(zoneout[0], zoneout[1], seed if draws else None),
+        )
         steps = Layout.of(_flat(input).size(0), hx.size(1), batch_sizes).steps
         mask = RecurrentDropout(mask, seed if p > 0 else None, p, per_step).drawn(steps, hx)
         bidirectional = hx.size(0) == 2 * ctx.layers
@@ -536,9 +605,10 @@ def _gradients(run: Callable[..., list[Tensor]], ctx: Any, dy: Any, dhn: Any, dc
             return x * masks.drop(ones, seed, masks.BETWEEN + k, ctx.dropout)
 
         def rerun(input: Tensor, hx: Tensor, cx: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-            return reference.lstm(
-                input, (hx, cx), list(weights), batch_sizes, ctx.layers, ctx.bias, bidirectional, False, mask, between
-            )
+            return reference.stack(
+                cell, input, (hx, cx), list(weights), batch_sizes, ctx.layers, ctx.bias, bidirectional, False, mask,
+                between, zone,
+            )  # fmt: skip
 
         gradients: Sequence[Tensor | None] = reference.differentiable_vjp(
             rerun, [input, hx, cx, *weights], [dy, dhn, dcn]
@@ -546,7 +616,7 @@ def _gradients(run: Callable[..., list[Tensor]], ctx: Any, dy: Any, dhn: Any, dc
     else:
         gradients = run(
             dy, dhn, dcn, input, batch_sizes, hx, cx, weights, ctx.layers, ctx.bias, ctx.dropout, mask, seed,
-            *ctx.options, y, kept, input_wanted, weights_wanted,
+            *ctx.options, y, kept, input_wanted, weights_wanted, *ctx.cell,
         )  # fmt: skip
     dinput, dhx, dcx, *dweights = gradients
     return (
@@ -559,7 +629,7 @@ def _gradients(run: Callable[..., list[Tensor]], ctx: Any, dy: Any, dhn: Any, dc
     )
 
 
-_OPTIONS = 10  # of `forward`, behind the weights
+_OPTIONS = 13  # of `forward`, behind the weights
 lstm.register_autograd(partial(_gradients, lstm_backward), setup_context=_setup_context)
 
 
@@ -603,11 +673,14 @@ def _packed(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 def run(
     input: Tensor, batch_sizes: Tensor | None, hx: Tensor, cx: Tensor, weights: list[Tensor], *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward` with gradients, in the way that suits the call; arguments and results as there, but for the last."""
+    """`forward` with gradients, in the way that suits the call; arguments and results as there, but for the last.
+
+    All that forward takes is given.
+    """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return lstm(input, batch_sizes, hx, cx, weights, *options)[:3]
     if torch._C._are_functorch_transforms_active():
         return _Transformed.apply(input, batch_sizes, hx, cx, *options, *weights)[:3]
-    if not options[-1]:  # nothing is kept for a backward, so there is none
+    if not options[9]:  # nothing is kept for a backward, so there is none
         return forward(input, batch_sizes, hx, cx, weights, *options)[:3]
     return _Function.apply(input, batch_sizes, hx, cx, *options, *weights)

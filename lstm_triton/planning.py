@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 
+from lstm_triton.cells.cell import Cell
 from lstm_triton.dropout import PER_CALL
 
 STRATEGIES = ("persistent", "cooperative", "step")
@@ -89,10 +90,13 @@ def force(strategy: str) -> Iterator[None]:
         _forced = previous
 
 
-def choose_interpreted(batch: int, hidden: int, size: int, dtype: torch.dtype, strategy: str | None = None) -> Plan:
+def choose_interpreted(
+    cell: Cell, batch: int, hidden: int, size: int, dtype: torch.dtype, strategy: str | None = None
+) -> Plan:
     """The plan for a layer in Triton's interpreter, which is fastest with few programs.
 
     Args:
+        cell: what is done in a step.
         batch: B.
         hidden: H.
         size: K, the size of h: `proj_size` or H.
@@ -102,14 +106,15 @@ def choose_interpreted(batch: int, hidden: int, size: int, dtype: torch.dtype, s
     block_b, block_h, block_k = min(tile(batch), 64), tile(hidden), tile(size)
     if strategy == "cooperative":  # of programs that wait for each other, which only a simulation of them runs
         return Plan("cooperative", min(block_b, 16), max(PER_CALL, block_h // COOPERATING), min(block_k, 64), 4)
-    few = dtype.itemsize * 4 * block_h * block_k <= PERSISTENT_BYTES
+    few = dtype.itemsize * len(cell.recurrent) * block_h * block_k <= PERSISTENT_BYTES
     if (strategy or ("persistent" if few else "step")) == "persistent":
         return Plan("persistent", block_b, block_h, block_k, 4)
-    return Plan("step", block_b, min(block_h, 32), min(block_k, 64), 4)
+    return Plan("step", block_b, block_h if cell.whole_rows else min(block_h, 32), min(block_k, 64), 4)
 
 
 @lru_cache(maxsize=256)
 def choose_on_cpu(
+    cell: Cell,
     batch: int,
     features: int,
     hidden: int,
@@ -122,7 +127,7 @@ def choose_on_cpu(
     """The plan for a layer in native kernels on a CPU.
 
     Args:
-        batch, hidden, size: as of `choose_interpreted`.
+        cell, batch, hidden, size: as of `choose_interpreted`.
         features: I, the size of the input.
         directions: D.
         threads: that run the programs, each of which has a direction of some rows of the batch.
@@ -145,20 +150,21 @@ def choose_on_cpu(
     block_b = min((1 << k for k in range(CPU_ROWS.bit_length())), key=lambda rows: (cost(rows), -rows))
     block_h, block_k = max(PER_CALL, _power(hidden)), max(PER_CALL, _power(size))
     if forced == "step":
-        return Plan("step", block_b, min(block_h, 32), min(block_k, 64), 1)
+        return Plan("step", block_b, block_h if cell.whole_rows else min(block_h, 32), min(block_k, 64), 1)
     if forced == "cooperative":  # never chosen here: threads that wait for each other cost more than they save
         units = max(PER_CALL, block_h // COOPERATING)
         return Plan("cooperative", min(block_b, 16), units, min(block_k, 64), 1)
-    weights, tiles = 4 * block_h * (block_k + _power(features)), -(-batch // block_b)
+    weights, tiles = _weights(cell, block_h, block_k, _power(features)), -(-batch // block_b)
     few = weights <= max(FUSED_WEIGHTS, min(block_b * FUSED_ROW_WEIGHTS, MOST_WEIGHTS))
     if lengths is not None:
         few = few and sum(lengths) >= tiles * FUSED_PROGRAM_ROWS
-    fused = size == hidden and few and tiles * weights <= FUSED_MOST_SUMS
+    fused = size == hidden and cell.input_norm is None and few and tiles * weights <= FUSED_MOST_SUMS
     return Plan("persistent", block_b, block_h, block_k, 1, fused=fused)
 
 
 @lru_cache(maxsize=256)
 def pays_on_cpu(
+    cell: Cell,
     batch: int,
     features: int,
     hidden: int,
@@ -174,15 +180,15 @@ def pays_on_cpu(
     Measured by `python -m bench.cpu`, `bench.ragged` and `bench.long`.
 
     Args:
-        batch, features, hidden, size, directions, threads: as of `choose_on_cpu`.
+        cell, batch, features, hidden, size, directions, threads: as of `choose_on_cpu`.
         packed, records, recompute: as of `lstm_triton.dispatch.auto`.
     """
-    plan = choose_on_cpu(batch, features, hidden, size, directions, threads)
-    weights = 4 * plan.block_h * (plan.block_k + _power(features))
+    plan = choose_on_cpu(cell, batch, features, hidden, size, directions, threads)
+    weights = _weights(cell, plan.block_h, plan.block_k, _power(features))
     if weights > MOST_WEIGHTS or size != hidden:
         return False
     rows = -(-batch // plan.block_b) * plan.block_b
-    padding = weights * rows / (4 * hidden * (size + features) * batch)
+    padding = weights * rows / (_weights(cell, hidden, size, features) * batch)
     if packed and batch > 1:
         return padding <= (PACKED_TRAINING_SPARE if records else PACKED_SPARE)
     if recompute and records:
@@ -202,6 +208,11 @@ def blocks_of(size: int, slices: int) -> tuple[int, int]:
     if first >= size:
         return (first // 2, first // 2) if first > max(least, MOST_INNER) else (first, 0)
     return first, max(least, 1 << (size - first - 1).bit_length())
+
+
+def _weights(cell: Cell, hidden: int, size: int, features: int) -> int:
+    """Of a layer's direction, with h and the input of so many features."""
+    return hidden * (len(cell.recurrent) * size + cell.inputs * features)
 
 
 def _power(n: int) -> int:

@@ -10,15 +10,81 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lstm_triton import dropout
 
-# The weights of a direction: w_ih, w_hh, b_ih, b_hh, w_hr.
-Direction = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+if TYPE_CHECKING:
+    from lstm_triton.cells import Cell, Parameter
+
+
+class Direction(NamedTuple):
+    """The weights of a layer's direction; G, R and so on: `lstm_triton.cells.Cell`, of an LSTM all are 4."""
+
+    w_ih: Tensor  # (inputs * H, I)
+    w_hh: Tensor  # (len(recurrent) * H, K)
+    b_ih: Tensor | None  # (inputs * H,)
+    b_hh: Tensor | None  # (len(biases) * H,)
+    w_hr: Tensor | None  # (K, H)
+    extra: tuple[Tensor, ...] = ()  # the cell's parameters, those that are there
+
+    def to(self, dtype: torch.dtype) -> "Direction":
+        w_ih, w_hh, *others = self[:5]
+        b_ih, b_hh, w_hr = (None if w is None else w.to(dtype) for w in others)
+        return Direction(w_ih.to(dtype), w_hh.to(dtype), b_ih, b_hh, w_hr, tuple(w.to(dtype) for w in self.extra))
+
+    def vectors(self, cell: "Cell", hidden: int) -> Tensor | None:
+        """(P, H): the parameters that the cell's functions get; zeros stand for biases that aren't there."""
+        if not cell.vectors:
+            return None
+        given = dict(zip(present(cell, self.b_ih is not None), self.extra, strict=True))
+        pieces = [given[p] if p in given else self.w_hh.new_zeros(p.vectors * hidden) for p in cell.own]
+        return torch.cat(pieces).view(cell.vectors, hidden)
+
+    def gain(self, cell: "Cell") -> Tensor:
+        """(inputs * H,) of the layer norm of the input's product."""
+        return next(x for p, x in zip(present(cell, self.b_ih is not None), self.extra, strict=True) if p.of_input)
+
+
+def present(cell: "Cell", bias: bool) -> list["Parameter"]:
+    """A cell's parameters in a layer with or without biases."""
+    return [p for p in cell.parameters if bias or not p.bias]
+
+
+def parameter_gradients(cell: "Cell", vectors: Tensor, bias: bool) -> list[Tensor]:
+    """A direction's (P, H) gradients of what the cell's functions get as those of its parameters that are there."""
+    pieces = vectors.reshape(-1).split([p.vectors * vectors.size(1) for p in cell.own])
+    there = set(present(cell, bias))
+    return [x.clone() for p, x in zip(cell.own, pieces, strict=True) if p in there]  # operators return no views of one
+
+
+class Zoneout(NamedTuple):
+    """How much of h and c stays as it was (`lstm_triton.kernels.pointwise`)."""
+
+    p_h: float
+    p_c: float
+    seed: Tensor | None = None  # one int64: masks are drawn in training; without, the probabilities are in their place
+    stream: int = 0  # as of `RecurrentDropout`
+
+    def of_steps(self, d: int, low: int, high: int, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Direction d's of h and c in steps low … high - 1, each (steps or 1, B, H); h is (B, H)."""
+        if self.seed is None:
+            return (h.new_full((1, *h.shape), rounded(self.p_h)), h.new_full((1, *h.shape), rounded(self.p_c)))
+        found = []
+        for p, first in ((self.p_h, dropout.ZONEOUT_H), (self.p_c, dropout.ZONEOUT_C)):
+            stream = first + self.stream + d
+            streams, steps = range(stream, stream + 1), range(low, high)
+            mask = dropout.masks(self.seed, streams, steps, range(h.size(0)), h.size(1), p, h.dtype)[0]
+            found.append((mask == 0).to(h.dtype))
+        return found[0], found[1]
+
+
+def rounded(p: float) -> float:
+    """A probability as masks are drawn by: a multiple of 2⁻¹⁶, which float32 holds."""
+    return round(p * 2**16) / 2**16
 
 
 @dataclass(frozen=True)
@@ -225,7 +291,7 @@ class RecurrentDropout(NamedTuple):
 class Saved(NamedTuple):
     """What backward needs of a window's forward, beside outputs and states."""
 
-    gates: Tensor  # (D, n, 4H) activated i, f, g, o
+    gates: Tensor  # (D, n, WH) what the cell keeps, of an LSTM the activated gates; W tiles of H (`Layer.width`)
     c: Tensor  # (D, n, H) float32 or float64
     h_prev: Tensor | None = None  # (D, n, K) the masked h that each step multiplied, where it is known by then
 
@@ -244,6 +310,8 @@ class Layer(NamedTuple):
     directions: list[Direction]
     layout: Layout
     dropout: RecurrentDropout
+    cell: "Cell"
+    zoneout: Zoneout | None = None
     records: bool = True  # whether a backward may follow
     plan: Any = None  # the `planning.Plan` that was measured to be the fastest for the call, where one was
 
@@ -252,32 +320,79 @@ class Layer(NamedTuple):
         size = self.hx.size(2)
         return slice(d * size, (d + 1) * size)
 
+    @property
+    def width(self) -> int:
+        """Tiles of H that a step has room for: the cell's and, under zoneout, what c is without it."""
+        cell = self.cell
+        return cell.width if self.zoneout is None else max(cell.sums, len(cell.saved) + 1)
+
     def window_length(self) -> int:
-        """How many steps' products of the input, (D, n, 4H), are made at a time where nothing is kept."""
-        gates = 4 * len(self.directions) * self.cx.size(2)
+        """How many steps' products of the input, (D, n, WH), are made at a time where nothing is kept."""
+        gates = self.width * len(self.directions) * self.cx.size(2)
         layout = self.layout
         return steps_within(gates * self.input.element_size(), layout.steps, layout.total, self.input.device)
 
     def room(self) -> Saved:
         """For gates and c of all steps."""
         directions, hidden, weight = len(self.directions), self.cx.size(2), self.directions[0][0]
-        gates = self.input.new_empty(directions, self.layout.total, 4 * hidden, dtype=weight.dtype)
+        gates = self.input.new_empty(directions, self.layout.total, self.width * hidden, dtype=weight.dtype)
         return Saved(gates, gates.new_empty(*gates.shape[:2], hidden, dtype=state_dtype(weight.dtype)))
 
     def products(self, window: Window, out: Tensor | None = None) -> Tensor:
-        """(D, n, 4H): the window's input times weight_ih, with both biases; written to `out` where it is given."""
-        dtype, directions = self.directions[0][0].dtype, len(self.directions)
+        """(D, n, WH): the sums that have them begin with the products of the window's input and biases.
+
+        Written to `out` where it is given; the other columns are left as they are.
+        """
+        dtype, directions, hidden = self.directions[0].w_ih.dtype, len(self.directions), self.cx.size(2)
         gates = out
         if gates is None:
-            gates = self.input.new_empty(directions, window.size(directions), 4 * self.cx.size(2), dtype=dtype)
-        for d, (w_ih, _, b_ih, b_hh, _) in enumerate(self.directions):
+            gates = self.input.new_empty(directions, window.size(directions), self.width * hidden, dtype=dtype)
+        for d, weights in enumerate(self.directions):
             rows = window.rows(d)
-            x, own = self.input[rows].to(dtype), gates[d, : rows.stop - rows.start]
-            if b_ih is None or b_hh is None:
-                torch.mm(x, w_ih.t(), out=own)
+            x, own = self.input[rows].to(dtype), gates[d, : rows.stop - rows.start, : self.cell.inputs * hidden]
+            bias = self.input_bias(d)
+            if self.cell.input_norm is not None:
+                product = torch.native_layer_norm(
+                    x @ weights.w_ih.t(), [own.size(1)], weights.gain(self.cell), bias, self.cell.input_norm
+                )
+                own.copy_(product[0])
+            elif bias is None:
+                torch.mm(x, weights.w_ih.t(), out=own)
             else:
-                torch.addmm(b_ih + b_hh, x, w_ih.t(), out=own)
+                torch.addmm(bias, x, weights.w_ih.t(), out=own)
         return gates
+
+    def input_bias(self, d: int) -> Tensor | None:
+        """(inputs * H,) what direction d's products with the input have added: of both biases what belongs there."""
+        _, _, b_ih, b_hh, *_ = self.directions[d]
+        if b_ih is None or b_hh is None:
+            return None
+        inputs, biases = self.cell.inputs, self.cell.biases
+        if biases == tuple(range(inputs)):
+            return b_ih + b_hh
+        bias = b_ih.view(inputs, -1).clone()
+        for k, row in zip(biases, b_hh.view(len(biases), -1), strict=True):
+            if k < inputs:
+                bias[k] += row
+        return bias.view(-1)
+
+    def add_products(self, d: int, h_prev: Tensor, gates: Tensor) -> None:
+        """To direction d's sums (n, WH), as `products` left them, those of `h_prev` (n, K); all are there then."""
+        hidden, w_hh = self.cx.size(2), self.directions[d].w_hh
+        sums = gates.unflatten(1, (-1, hidden))
+        begins = self.start(d)
+        for k in range(self.cell.inputs, self.cell.sums):
+            sums[:, k] = begins.get(k, 0.0)
+        for rows, columns in self.cell.runs():
+            sums[:, columns].flatten(1).addmm_(h_prev, w_hh[rows.start * hidden : rows.stop * hidden].t())
+
+    def start(self, d: int) -> dict[int, Tensor]:
+        """What direction d's other sums begin with, by their numbers: (H,) of bias_hh, where there are biases."""
+        b_hh, biases = self.directions[d].b_hh, self.cell.biases
+        if b_hh is None:
+            return {}
+        rows = b_hh.view(len(biases), -1)
+        return {k: rows[r] for r, k in enumerate(biases) if k >= self.cell.inputs}
 
 
 class Pass(NamedTuple):
@@ -294,9 +409,10 @@ class Gradients(NamedTuple):
 
     dhx: Tensor  # (D, B, K) of the states before it, float32 or float64
     dcx: Tensor  # (D, B, H) the same
-    dgates: Tensor  # (D, n, 4H) with respect to the gates before activation
+    dgates: Tensor  # (D, n, GH) with respect to the sums before activation
     dh: Tensor | None  # (D, n, K) with respect to each step's h, with projections
     h_prev: Tensor | None  # (D, n, K) the masked h that each step multiplied
+    dparameters: Tensor | None = None  # (D, P, H) with respect to the vectors that the cell's functions get
 
 
 class LayerGradients(NamedTuple):

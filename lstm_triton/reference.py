@@ -1,17 +1,20 @@
-"""The LSTM layer written plainly: one PyTorch operation after another, differentiable to any order.
+"""A recurrent layer written plainly: one PyTorch operation after another, differentiable to any order.
 
 Backward of a backward runs through it, and tests and benchmarks compare with it.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lstm_triton.recurrence import Direction, Layout
+from lstm_triton.cells.cell import Cell
+from lstm_triton.recurrence import Direction, Layout, Zoneout, present
 
 
 def layer(
+    cell: Cell,
     input: Tensor,
     hx: Tensor,
     cx: Tensor,
@@ -19,37 +22,39 @@ def layer(
     bias: bool,
     batch_sizes: Tensor | None = None,
     mask: Tensor | None = None,
+    zoneout: Zoneout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer, one or two directions.
 
     Args:
+        cell: what is done in a step.
         input: (N, I) rows of all steps (`lstm_triton.recurrence`).
         hx: (D, B, K), cx: (D, B, H).
-        weights: for each direction w_ih (4H, I), w_hh (4H, K), with `bias` b_ih and b_hh (4H,),
-            with projections w_hr (K, H).
+        weights: for each direction those of `lstm_triton.recurrence.Direction` that are there.
         batch_sizes: None for a dense batch, else (T,).
         mask: None or (D, T or 1, B, K), what h is multiplied by before its product.
+        zoneout: as of `lstm_triton.recurrence.Layer`.
 
     Returns:
         output (N, D * K), hn (D, B, K), cn (D, B, H).
     """
-    layout = Layout.of(input.size(0), hx.size(1), batch_sizes)
+    layout, hidden = Layout.of(input.size(0), hx.size(1), batch_sizes), cx.size(2)
     outputs, hn, cn = [], [], []
-    for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(by_direction(weights, bias, hx.size(2) != cx.size(2))):
+    for d, own in enumerate(by_direction(cell, weights, bias, hx.size(2) != hidden)):
         h, c = hx[d], cx[d]
+        vectors = own.vectors(cell, hidden)
+        parameters = () if vectors is None else vectors.unbind(0)
+        zones = None if zoneout is None else zoneout.of_steps(d, 0, layout.steps, h)
         y: list[Tensor] = [h] * layout.steps
         for t in layout.order(reverse=d == 1):
             rows = layout.rows[t]
             x = input[layout.starts[t] : layout.starts[t] + rows]
             h_t = h[:rows] if mask is None else h[:rows] * mask[d, t if mask.size(1) > 1 else 0, :rows]
-            a = x @ w_ih.t() + h_t @ w_hh.t()
-            if b_ih is not None and b_hh is not None:
-                a = a + b_ih + b_hh
-            i, f, g, o = a.chunk(4, 1)
-            c_t = f.sigmoid() * c[:rows] + i.sigmoid() * g.tanh()
-            y[t] = o.sigmoid() * c_t.tanh()
-            if w_hr is not None:
-                y[t] = y[t] @ w_hr.t()
+            saved, c_t, q = cell.forward_torch(_sums(cell, own, x, h_t, hidden), c[:rows], parameters)
+            if zones is not None:
+                of_h, of_c = (z[t if z.size(0) > 1 else 0, :rows] for z in zones)
+                q, c_t = q + of_h * (h[:rows] - q), c_t + of_c * (c[:rows] - c_t)
+            y[t] = q if own.w_hr is None else q @ own.w_hr.t()
             h, c = torch.cat([y[t], h[rows:]]), torch.cat([c_t, c[rows:]])
         outputs.append(torch.cat(y))
         hn.append(h)
@@ -57,22 +62,42 @@ def layer(
     return torch.cat(outputs, 1), torch.stack(hn), torch.stack(cn)
 
 
-def by_direction(weights: list[Tensor], bias: bool, projected: bool) -> list[Direction]:
-    """The flat list of a layer's weights as (w_ih, w_hh, b_ih, b_hh, w_hr) for each direction."""
-    each = 2 + 2 * bias + projected
+def _sums(cell: Cell, own: Direction, x: Tensor, h: Tensor, hidden: int) -> tuple[Tensor, ...]:
+    """A step's sums, each (rows, H)."""
+    of_x, of_h = x @ own.w_ih.t(), h @ own.w_hh.t()
+    if cell.input_norm is not None:
+        of_x = torch.nn.functional.layer_norm(of_x, [of_x.size(1)], own.gain(cell), None, cell.input_norm)
+    if own.b_ih is not None:
+        of_x = of_x + own.b_ih
+    sums: list[Any] = [0.0] * cell.sums
+    sums[: cell.inputs] = of_x.split(hidden, 1)
+    for k, a in zip(cell.recurrent, of_h.split(hidden, 1), strict=True):
+        sums[k] = sums[k] + a
+    if own.b_hh is not None:
+        for k, b in zip(cell.biases, own.b_hh.split(hidden), strict=True):
+            sums[k] = sums[k] + b
+    return tuple(sums)
+
+
+def by_direction(cell: Cell, weights: list[Tensor], bias: bool, projected: bool) -> list[Direction]:
+    """The flat list of a layer's weights for each direction."""
+    extra = len(present(cell, bias))
+    each = 2 + 2 * bias + projected + extra
     return [
-        (
+        Direction(
             weights[k],
             weights[k + 1],
             weights[k + 2] if bias else None,
             weights[k + 3] if bias else None,
-            weights[k + each - 1] if projected else None,
+            weights[k + 2 + 2 * bias] if projected else None,
+            tuple(weights[k + each - extra : k + each]),
         )
         for k in range(0, len(weights), each)
     ]
 
 
-def lstm(
+def stack(
+    cell: Cell,
     input: Tensor,
     hx: tuple[Tensor, Tensor],
     weights: list[Tensor],
@@ -83,8 +108,9 @@ def lstm(
     batch_first: bool = False,
     mask: Tensor | None = None,
     between: Callable[[Tensor, int], Tensor] | None = None,
+    zoneout: Zoneout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A stack of layers; arguments and results as of `lstm_triton.functional.lstm`.
+    """A stack of layers; arguments and results as of `lstm_triton.functional.recurrent`.
 
     between: what is done with a layer's output (N, D * K), given its number, before the next layer.
     """
@@ -98,7 +124,8 @@ def lstm(
         rows = slice(k * directions, (k + 1) * directions)
         layer_mask = None if mask is None else mask[rows]
         layer_weights = weights[k * each : (k + 1) * each]
-        x, h, c = layer(x, hx[0][rows], hx[1][rows], layer_weights, bias, batch_sizes, layer_mask)
+        zone = None if zoneout is None else zoneout._replace(stream=rows.start)
+        x, h, c = layer(cell, x, hx[0][rows], hx[1][rows], layer_weights, bias, batch_sizes, layer_mask, zone)
         if between is not None and k < num_layers - 1:
             x = between(x, k)
         hn.append(h)

@@ -25,7 +25,25 @@ def layer_arguments(device: torch.device, backend: str, dropout: str, packed: bo
     seed = torch.tensor([5], device=device) if dropout == "drawn" else None
     states = random(directions, batch, size), random(directions, batch, hidden)
     rows = 5 if packed else steps * batch
-    return (random(rows, wide), sizes, *states, weights, 1, True, 0.0, mask, seed, 0.5, True, backend, chunk, True)
+    return (
+        random(rows, wide),
+        sizes,
+        *states,
+        weights,
+        1,
+        True,
+        0.0,
+        mask,
+        seed,
+        0.5,
+        True,
+        backend,
+        chunk,
+        True,
+        "lstm",
+        None,
+        False,
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -43,7 +61,17 @@ def test_opcheck_backward(wanted: bool, chunk: int, backend: str, dropout: str, 
     with torch.no_grad():
         y, hn, cn, kept = torch.ops.lstm_triton.lstm(*arguments)
     plain = torch.utils._pytree.tree_map(lambda t: t.detach() if isinstance(t, torch.Tensor) else t, arguments)
-    backward = (torch.ones_like(y), torch.ones_like(hn), torch.ones_like(cn), *plain[:-1], y, kept, wanted, wanted)
+    backward = (
+        torch.ones_like(y),
+        torch.ones_like(hn),
+        torch.ones_like(cn),
+        *plain[:-4],
+        y,
+        kept,
+        wanted,
+        wanted,
+        *plain[-3:],
+    )
     torch.library.opcheck(torch.ops.lstm_triton.lstm_backward, backward)
 
 

@@ -220,8 +220,8 @@ def test_timed_as_the_call_is_but_for_many_steps(gpu: Gpu, monkeypatch: pytest.M
     monkeypatch.setattr(tuning, "STEPS", (4,))
     monkeypatch.setattr(tuning, "MOST_STEPS", 6)
     seen: list[tuple[int, ...]] = []
-    run = dispatch.torch_lstm
-    monkeypatch.setattr(dispatch, "torch_lstm", lambda x, *a: seen.append(tuple(x.shape)) or run(x, *a))
+    run = dispatch.torch_operator
+    monkeypatch.setattr(dispatch, "torch_operator", lambda x, *a: seen.append(tuple(x.shape)) or run(x, *a))
     gpu.seconds["torch"] = 1e-4
     x = torch.randn(9, 3, 5)
     TritonLSTM(5, 7)(x)

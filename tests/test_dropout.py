@@ -1,6 +1,7 @@
 """Recurrent dropout: the masks, that every backend draws the same, and values under given masks."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import lstm_triton.functional as functional
 from checks import WAYS, Case, assert_close, forced
 from lstm_triton import TritonLSTM, dispatch, reference
+from lstm_triton.cells import of
 from lstm_triton.dropout import masks, philox
 from lstm_triton.recurrence import RecurrentDropout
 
@@ -95,7 +97,9 @@ def test_values_under_drawn_and_given_masks(
     torch.manual_seed(5)
     seed = torch.randint(2**63 - 1, (1,), device=device)
     drawn_masks = RecurrentDropout(None, seed, 0.4, mode == "step", 0).drawn(4, h.double())
-    expected = outcome(reference.lstm, torch.float64, num_layers=2, bidirectional=True, mask=drawn_masks)
+    expected = outcome(
+        partial(reference.stack, of("lstm")), torch.float64, num_layers=2, bidirectional=True, mask=drawn_masks
+    )
     with forced("step" if way == "eager" else way):
         backend = "eager" if way == "eager" else "triton"
         torch.manual_seed(5)
@@ -134,8 +138,8 @@ def test_only_in_training(backend: str, device: torch.device) -> None:
 def test_auto_runs_pytorch_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recurrent dropout that is not active is no reason to leave PyTorch's operator."""
     calls = []
-    original = dispatch.torch_lstm
-    monkeypatch.setattr(dispatch, "torch_lstm", lambda *a: calls.append(a) or original(*a))
+    original = dispatch.torch_operator
+    monkeypatch.setattr(dispatch, "torch_operator", lambda *a: calls.append(a) or original(*a))
     module = TritonLSTM(5, 7, recurrent_dropout=0.5)
     module.eval()(torch.randn(2, 1, 5))
     assert len(calls) == 1

@@ -331,7 +331,7 @@ def test_convert_a_bare_lstm_and_leave_others() -> None:
     converted = convert(nn.LSTM(5, 7))
     assert type(converted) is TritonLSTM and type(revert(converted)) is nn.LSTM
     assert type(convert(Special(5, 7))) is Special
-    assert type(convert(nn.GRU(5, 7))) is nn.GRU
+    assert type(convert(nn.GRUCell(5, 7))) is nn.GRUCell
 
 
 @pytest.mark.parametrize("way", ["parametrization", "prune"])

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from bench.memory import saved_bytes
 from checks import WAYS, Case, assert_close, forced
 from lstm_triton import TritonLSTM, dispatch, kernels, launching, planning
+from lstm_triton.cells import of
 from lstm_triton.recurrence import Layout, Window
 
 LENGTHS = [3, 9, 1, 9, 5]  # unsorted
@@ -132,9 +133,9 @@ def test_long_rows_take_no_more_memory_than_the_padded_batch() -> None:
 def test_tiles_follow_the_lengths() -> None:
     """Rows that end early share no tile with one that goes on; equally long ones share as dense ones do."""
     sizes = (32, 64, 64, 64, 1, 2)
-    dense = planning.choose_on_cpu(*sizes)
-    assert planning.choose_on_cpu(*sizes, None, (100,) * 32) == dense
-    ragged = planning.choose_on_cpu(*sizes, None, (500,) + (10,) * 31)
+    dense = planning.choose_on_cpu(of("lstm"), *sizes)
+    assert planning.choose_on_cpu(of("lstm"), *sizes, None, (100,) * 32) == dense
+    ragged = planning.choose_on_cpu(of("lstm"), *sizes, None, (500,) + (10,) * 31)
     assert ragged.block_b < dense.block_b and dense.fused and not ragged.fused
 
 

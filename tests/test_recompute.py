@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bench.memory import saved_bytes
 from checks import WAYS, Case, assert_close, cases_by_way, forced, matrix, results
 from lstm_triton import TritonLSTM, convert, functional, launching, revert
+from lstm_triton.cells.lstm import LSTM
 from lstm_triton.dropout import BETWEEN, drop
 from lstm_triton.eager import Eager
 from lstm_triton.recurrence import (
@@ -295,7 +296,7 @@ def test_offsets_beyond_32_bits(way: str, tmp_path: Path) -> None:
                 tensor[at] = values
             return tensor
 
-        layer = Layer(room(hidden, x), h, c, by_direction(weights, True, False), layout, RecurrentDropout())
+        layer = Layer(room(hidden, x), h, c, by_direction(LSTM, weights, True, False), layout, RecurrentDropout(), LSTM)
         window = Window(layout, 0, steps)
         with forced(way):
             run = launching.Kernels(layer)

@@ -11,9 +11,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
-from bench.sarcasm import cells, compare, data, run
+from bench.sarcasm import cells, compare, data, published, run
 from bench.sarcasm.__main__ import main
 from bench.sarcasm.results import read_csv
+from lstm_triton import TritonLSTM
 
 CPU = torch.device("cpu")
 
@@ -31,10 +32,59 @@ def few(monkeypatch: pytest.MonkeyPatch) -> data.Headlines:
 def few_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cells, of which the second draws its masks otherwise."""
     kept = {"lstm": cells.CELLS["lstm"]}
-    other = cells.Cell("TritonLSTM", "Gal 2016", "a mask a sequence", {"recurrent_dropout_mode": "sequence"})
+    other = cells.Cell(TritonLSTM, "Gal 2016", "a mask a sequence", {"recurrent_dropout_mode": "sequence"})
     for name in [name for name in cells.CELLS if name not in kept]:
         monkeypatch.delitem(cells.CELLS, name)
     monkeypatch.setitem(cells.CELLS, "sequence", other)
+
+
+# Embedding and Linear, and a layer's rows of H = 32 over 16 + 32 or 32 + 32 inputs and two biases; gains, peepholes.
+REST, LAYERS = 16_000 + 66, 32 * (16 + 32 + 2) + 32 * (32 + 32 + 2)
+PARAMETERS = {
+    "lstm": REST + 4 * LAYERS,
+    "rnn": REST + LAYERS,
+    "gru": REST + 3 * LAYERS,
+    "lstm-1997": REST + 3 * LAYERS,
+    "layer-norm": REST + 4 * LAYERS + 2 * (8 + 2) * 32,
+    "peephole": REST + 4 * LAYERS + 2 * 3 * 32,
+    "coupled": REST + 3 * LAYERS,
+    "zoneout": REST + 4 * LAYERS,
+    "weight-dropout": REST + 4 * LAYERS,
+}
+
+
+def test_every_cell_is_tried() -> None:
+    assert list(PARAMETERS) == list(cells.CELLS)
+
+
+@pytest.mark.parametrize("cell", PARAMETERS)
+def test_cell_in_the_published_model(cell: str, few: data.Headlines) -> None:
+    corpus = published.Corpus(few)
+    training = published.Training(corpus, 0, "eager", CPU, cell=cell)
+    model = training.model
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[cell]
+    assert model.rnn.recurrent_dropout == 0.5 and model.rnn.num_layers == 2
+    for name, parameter in model.rnn.named_parameters():
+        if name.startswith("bias"):
+            assert not parameter.any()
+        elif name.startswith("gain"):
+            assert (parameter == 1).all()
+        else:
+            bound = (6 / sum(parameter.shape)) ** 0.5 if parameter.dim() == 2 else 32**-0.5
+            assert 0.9 * bound < parameter.abs().max() <= bound
+
+    # It learns a batch by heart, with all its parameters, and in evaluation nothing is random.
+    tokens, labels = corpus.batch(corpus.train[:8])
+    training.optimizer.param_groups[0]["lr"] = 0.02
+    training.step(tokens, labels)
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    for _ in range(60):
+        training.step(tokens, labels)
+    model.eval()
+    with torch.no_grad():
+        logits = model(tokens)
+        assert torch.equal(logits, model(tokens))
+    assert torch.nn.functional.cross_entropy(logits, labels) < 0.3  # log 2 is 0.69
 
 
 def command(*arguments: object) -> int:

@@ -132,7 +132,7 @@ def test_inference_keeps_nothing(way: str, device: torch.device) -> None:
             inferred, _ = ours(case.pack(x), (h, c))
             *_, kept = torch.ops.lstm_triton.lstm(
                 x.flatten(0, 1), None, h[:2], c[:2], ours._flat_weights[: 10 if size else 8], 1, True,
-                0.0, None, None, 0.0, True, "triton", 0, False,
+                0.0, None, None, 0.0, True, "triton", 0, False, "lstm", None, False,
             )  # fmt: skip
     assert torch.equal(trained.data, inferred.data)
     assert kept == []

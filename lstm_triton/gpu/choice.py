@@ -53,7 +53,7 @@ def _result(call: "Call", run: Run | None) -> Result:
     o, packed = call.options, call.batch_sizes is not None
     steps = call.input.size(1 if o.batch_first else 0) if call.batch_sizes is None else call.batch_sizes.size(0)
     kind = call.save, packed, call.drops, bool(o.recompute)
-    bucket = Bucket.of(dtype, call.input.size(-1), *call.hx, o.num_layers, steps, *kind)
+    bucket = Bucket.of(dtype, call.input.size(-1), *call.hx, o.num_layers, steps, *kind, o.cell)
     return tuning.known(device, bucket) or _found(call, run, bucket)
 
 

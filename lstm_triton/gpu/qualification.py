@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lstm_triton import launching, planning, reference
+from lstm_triton import cells, launching, planning, reference
 from lstm_triton.gpu import gpus, kept, tiling
 from lstm_triton.gpu.model import Work
 from lstm_triton.tolerances import DTYPES, TOLERANCES, excess, precision
@@ -185,7 +185,7 @@ def _both(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, tup
                 recurrent_dropout_mask=m, backend="triton",
             )  # fmt: skip
         else:
-            outputs = reference.lstm(x, (h, c), w, batch_sizes, layers, case.bias, two, mask=m)
+            outputs = reference.stack(cells.of("lstm"), x, (h, c), w, batch_sizes, layers, case.bias, two, mask=m)
         if not training:
             return list(outputs)
         gradients = torch.autograd.grad(outputs, [x, h, c, *w], [d.to(place, kind) for d in doutputs])
