@@ -1,12 +1,10 @@
 """The cells that the published recipe runs with, by the names of `--cell`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
-import lstm_triton
+from lstm_triton import TritonGRU, TritonLSTM, TritonRNN, TritonRNNBase
 
 LSTM = "lstm"  # the recipe's own
 
@@ -15,55 +13,50 @@ LSTM = "lstm"  # the recipe's own
 class Cell:
     """One line of the comparison.
 
-    module: the class of `lstm_triton`; options: its arguments beyond the recipe's.
+    module: the class; options: its arguments beyond the recipe's.
     source: whose cell it is; note: what is other than in the published recipe.
     """
 
-    module: str
+    module: Callable[..., TritonRNNBase]
     source: str
     note: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 CELLS: dict[str, Cell] = {
-    LSTM: Cell("TritonLSTM", "Gers et al. 2000", "the published recipe itself"),
-    "rnn": Cell(
-        "TritonRNN",
-        "Elman 1990",
-        "tanh; no gates and no cell state, the rest of the recipe (two biases, dropout on h) as it is",
-    ),
+    LSTM: Cell(TritonLSTM, "Gers et al. 2000", "the published recipe itself"),
+    "rnn": Cell(TritonRNN, "Elman 1990", "tanh; no gates, and no c"),
     "gru": Cell(
-        "TritonGRU",
+        TritonGRU,
         "Cho et al. 2014",
-        "PyTorch's form, with the reset gate after the product; no cell state; dropout on h before its product, "
-        "while the update gate carries h undropped",
+        "the reset gate after the product, as PyTorch has it; no c: z carries h, which dropout leaves alone there",
     ),
     "lstm-1997": Cell(
-        "TritonLSTM", "Hochreiter & Schmidhuber 1997", "no forget gate: c only adds up", {"forget_gate": False}
+        TritonLSTM, "Hochreiter & Schmidhuber 1997", "no forget gate: c keeps all it holds", {"forget_gate": False}
     ),
     "layer-norm": Cell(
-        "TritonLSTM",
+        TritonLSTM,
         "Ba et al. 2016",
-        "the recipe says nothing of the norms' gains: they begin as the module has them, at 1",
+        "norms of both products and of c; the recipe has no gains: they begin at 1",
         {"layer_norm": True},
     ),
     "peephole": Cell(
-        "TritonLSTM",
+        TritonLSTM,
         "Gers & Schmidhuber 2000",
-        "the recipe says nothing of the peepholes, which are vectors: they begin as the module has them",
+        "the recipe has no peepholes: they begin as the module's, uniform within ± 1 / √32",
         {"peephole": True},
     ),
-    "coupled": Cell("TritonLSTM", "Greff et al. 2017 (CIFG)", "i = 1 − f", {"coupled_gates": True}),
+    "coupled": Cell(TritonLSTM, "Greff et al. 2015 (CIFG)", "no input gate: i = 1 − f", {"coupled_gates": True}),
     "zoneout": Cell(
-        "TritonLSTM",
+        TritonLSTM,
         "Krueger et al. 2016",
-        "p_h = 0.05, p_c = 0.5, as the authors' code has it for words; on top of the recipe's recurrent dropout",
+        "0.05 of h and 0.5 of c, as the authors' code has it for Penn Treebank; beside the recipe's recurrent dropout",
         {"zoneout": (0.05, 0.5)},
     ),
     "weight-dropout": Cell(
-        "TritonLSTM",
-        "Merity et al. 2018",
-        "0.5 of `weight_hh`; on top of the recipe's recurrent dropout",
+        TritonLSTM,
+        "Merity et al. 2017",
+        "0.5 of `weight_hh`, a mask a batch; beside the recipe's recurrent dropout",
         {"weight_dropout": 0.5},
     ),
 }
@@ -77,14 +70,14 @@ def build(
     *,
     recurrent_dropout: float = 0.0,
     backend: str = "auto",
-) -> nn.RNNBase:
+) -> TritonRNNBase:
     """The layers of a cell, batch first; arguments as of `TritonLSTM`.
 
     Raises:
         ValueError, RuntimeError: the module refuses the backend.
     """
     chosen = CELLS[cell]
-    return getattr(lstm_triton, chosen.module)(
+    return chosen.module(
         input_size, hidden_size, num_layers, batch_first=True, recurrent_dropout=recurrent_dropout, backend=backend,
         **chosen.options,
     )  # fmt: skip

@@ -92,8 +92,7 @@ def step_times(names: Sequence[str], corpus: Corpus, backend: str, device: torch
 
 def ran_by(model: published.Classifier, tokens: torch.Tensor) -> str:
     """The backend of the layers in a training step."""
-    layers: Any = model.train().rnn
-    found = re.search(r"^backend: (\w+)", layers.explain(model.embedding(tokens)), re.MULTILINE)
+    found = re.search(r"^backend: (\w+)", model.train().rnn.explain(model.embedding(tokens)), re.MULTILINE)
     assert found
     return found[1]
 
@@ -174,8 +173,10 @@ def markdown(summaries: dict[str, dict[str, Any]], runs: dict[str, Runs], times:
         "in one process; seconds an epoch are the median over all epochs, training and test, one cell after another, "
         "beside other work on the machine."
     )
+    parts.append("## The cells")
+    parts.append("Recurrent dropout and the two biases, as the recipe has them, all cells have.")
     notes = [[name, CELLS[name].source, CELLS[name].note] for name in summaries]
-    parts += ["## What is other than in the published recipe", table(["cell", "source", ""], notes)]
+    parts.append(table(["cell", "source", "what is other than in the published recipe"], notes))
     parts += ["## What to know of these figures", caveats(first)]
     parts += ["## Run", run_table(summaries, times)]
     return "\n\n".join(parts) + "\n"
