@@ -9,7 +9,6 @@ from torch import Tensor
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
-pytest.importorskip("lstm_triton.inspect")
 
 from bench.sarcasm import data, gates, published
 from bench.sarcasm.run import RunError
