@@ -186,7 +186,9 @@ def run(
     with torch.autocast(device, enabled=False):
         y, h, c = _stack(input, batch_sizes, (rest[0], rest[1]), rest[2:], options, backend, mask, drops, save)
     projected = h.size(2) != c.size(2)
-    if device == "cpu" and (projected or batch_sizes is not None):  # where it is not oneDNN's, c keeps its dtype
+    operator = cells.of(options.cell).operator or "lstm"
+    keeps = operator == "gru" or (operator == "lstm" and (projected or batch_sizes is not None))
+    if device == "cpu" and keeps:  # where it is not oneDNN's, c keeps its dtype; nn.RNN returns the lower precision
         return (y, h, c.to(states)) if projected else (y.to(states), h.to(states), c.to(states))
     return y, h, c
 
