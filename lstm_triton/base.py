@@ -41,7 +41,7 @@ class TritonRNNBase(nn.RNNBase):
             recurrent neural networks", 2016).
         zoneout: probability of an element of h, and of c, staying what it was, one for both or a pair
             (of h, of c); in evaluation their expectation is taken (Krueger et al., "Zoneout", 2016).
-            Not with projections.
+            For cells that carry c, without projections.
         weight_dropout: probability of an element of `weight_hh` being zeroed, in training, for all time
             steps of a call (DropConnect; Merity et al., "Regularizing and optimizing LSTM language
             models", 2017).
@@ -130,6 +130,8 @@ class TritonRNNBase(nn.RNNBase):
                 raise ValueError(f"backend='torch' has no {what}; use 'auto', 'eager' or 'triton'")
         if proj_size and not cell.carries:
             raise ValueError(f"proj_size goes with cells that carry c, got {proj_size} with {cell.name!r}")
+        if zones != (0.0, 0.0) and not cell.carries:
+            raise ValueError(f"zoneout goes with cells that carry c, got {zoneout} with {cell.name!r}")
         if proj_size and zones != (0.0, 0.0):
             raise ValueError(f"zoneout doesn't go with projections, got zoneout={zoneout} and proj_size={proj_size}")
         self.cell = register(cell)

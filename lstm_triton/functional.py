@@ -422,6 +422,8 @@ def check_tensors(
     count = options.num_layers * (2 if options.bidirectional else 1)
     (h, c), hidden, cell = hx, hx[1].size(-1), cells.of(options.cell)
     size = h.size(-1)
+    if options.zones and not cell.carries:
+        raise ValueError(f"zoneout goes with cells that carry c, got zoneout={options.zoneout} with {cell.name!r}")
     if size != hidden and (not cell.carries or options.zones):
         what = "zoneout" if options.zones else f"cell {cell.name!r}"
         raise ValueError(f"{what} has no projections: hx[0] and hx[1] should have one size, got {size} and {hidden}")
