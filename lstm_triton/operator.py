@@ -87,7 +87,7 @@ class Operator:
                 given = [dy if order is None else dy[order]]
                 given += [g[d : d + 1, :rows].to(dtype) for g in (dhn, dcn)]
                 if not layer.cell.carries:  # c is h, and has no gradient of its own
-                    wanted.remove(c)
+                    wanted = [t for t in wanted if t is not c]
                     outputs, given = outputs[:2], given[:2]  # type: ignore[assignment]
                 found = list(torch.autograd.grad(outputs, wanted, given))
             if input_wanted:
