@@ -33,7 +33,7 @@ class TritonRNNBase(nn.RNNBase):
     Args:
         cell: what is done in a time step (`lstm_triton.cells.Cell`).
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
-            device, dtype: as of `torch.nn.LSTM`. Projections take a cell that carries c.
+            device, dtype: as of `torch.nn.LSTM`. Not each cell has projections.
         recurrent_dropout: probability of an element of :math:`h_{t-1}` being zeroed before its
             product with `weight_hh`, in training; the h carried on is not dropped.
         recurrent_dropout_mode: "step", a fresh mask each time step, or "sequence", one for all
@@ -128,8 +128,8 @@ class TritonRNNBase(nn.RNNBase):
         for what, asked in lacks.items():
             if backend == "torch" and asked:
                 raise ValueError(f"backend='torch' has no {what}; use 'auto', 'eager' or 'triton'")
-        if proj_size and not cell.carries:
-            raise ValueError(f"proj_size goes with cells that carry c, got {proj_size} with {cell.name!r}")
+        if proj_size and cell.output_torch is None:
+            raise ValueError(f"cell {cell.name!r} has no projections, got proj_size={proj_size}")
         if zones != (0.0, 0.0) and not cell.carries:
             raise ValueError(f"zoneout goes with cells that carry c, got {zoneout} with {cell.name!r}")
         if proj_size and zones != (0.0, 0.0):

@@ -424,7 +424,7 @@ def check_tensors(
     size = h.size(-1)
     if options.zones and not cell.carries:
         raise ValueError(f"zoneout goes with cells that carry c, got zoneout={options.zoneout} with {cell.name!r}")
-    if size != hidden and (not cell.carries or options.zones):
+    if size != hidden and (cell.output_torch is None or options.zones):
         what = "zoneout" if options.zones else f"cell {cell.name!r}"
         raise ValueError(f"{what} has no projections: hx[0] and hx[1] should have one size, got {size} and {hidden}")
     extra = present(cell, options.bias)

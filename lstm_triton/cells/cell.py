@@ -52,6 +52,8 @@ class Cell:
         whole_rows: whether the cell looks at all hidden units of a row, as layer norm does: `forward` and `backward`
             get one argument more, `units`, for `lstm_triton.kernels.units.total`.
         input_norm: None, or the ε of a layer norm over the products with the input, before biases are added.
+        output_torch: None, or (saved, c, parameters) -> q in PyTorch operations, which cells with projections want for
+            the gradient of weight_hr.
         operator: the name of PyTorch's own operator for a stack of such layers in `torch._VF`, if there is one.
         loops: None, or a pair of functions that are what `lstm_triton.eager` has for all, in fewer operations.
     """
@@ -70,6 +72,7 @@ class Cell:
     carries: bool = True
     whole_rows: bool = False
     input_norm: float | None = None
+    output_torch: Callable[..., Any] | None = None
     operator: str | None = None
     loops: tuple[Callable[..., None], Callable[..., None]] | None = None
 

@@ -304,6 +304,15 @@ def norm_backward_torch(
     return (*sums, *through_norm_torch(dn_r, n, factor)), dc_prev, (*gains, dn * n_c, dn)
 
 
+def output_torch(gates: Tensors, c: Tensor, peepholes: Tensors) -> Tensor:
+    return gates[-1] * c.tanh()
+
+
+def norm_output_torch(saved: Tensors, c: Tensor, parameters: Tensors) -> Tensor:
+    (n,), _ = norm_torch((c,))
+    return saved[len(saved) // 2 - 1] * (n * parameters[-2] + parameters[-1]).tanh()
+
+
 _KERNELS = {
     ("full", False): (full_forward, full_backward),
     ("full", True): (full_norm_forward, full_norm_backward),
@@ -335,7 +344,7 @@ def _plain(kind: str, peephole: bool) -> Cell:
     return Cell(
         _name(kind, peephole, False), count, count, tuple(range(count)), gates, forward, backward,
         partial(forward_torch, kind=kind), partial(backward_torch, kind=kind),
-        parameters=(Parameter("weight_ch", count - 1),) if peephole else (),
+        parameters=(Parameter("weight_ch", count - 1),) if peephole else (), output_torch=output_torch,
         operator="lstm" if kind == "full" and not peephole else None,
         loops=(lstm_loops.forward, lstm_loops.backward) if kind == "full" and not peephole else None,
     )  # fmt: skip
@@ -352,7 +361,7 @@ def _normed(kind: str) -> Cell:
             Parameter("gain_ih", count, 1.0, of_input=True), Parameter("gain_hh", count, 1.0),
             Parameter("gain_c", 1, 1.0), Parameter("bias_c", 1, 0.0, bias=True),
         ),
-        biased=tuple(range(count)), whole_rows=True, input_norm=EPSILON,
+        biased=tuple(range(count)), whole_rows=True, input_norm=EPSILON, output_torch=norm_output_torch,
     )  # fmt: skip
 
 
