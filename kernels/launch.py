@@ -172,9 +172,9 @@ class Front(NamedTuple):
     """What the kernels of `cooperative` multiply with: for a layer, or for the layers of a wavefront."""
 
     layers: int
-    w_hh: Tensor  # (D or layers, 4H, H)
-    w_ih: Tensor  # (layers - 1, 4H, H) of all but the first
-    bias: Tensor  # (layers - 1, 4H)
+    w_hh: Tensor  # (D or layers, RH, H)
+    w_ih: Tensor  # (layers - 1, GH, H) of all but the first
+    bias: Tensor  # (layers - 1, GH)
     seed: Tensor  # of the dropout between layers
     drops: bool  # whether there is any
     between: tuple[int, float, int]  # its threshold, scale and stream
@@ -226,13 +226,14 @@ def _constants(
         block_i = 1 << (features - 1).bit_length()
         constants |= {"I": features, "BLOCK_I": block_i, "FUSED": plan.fused}
     if plan.strategy == "cooperative":
-        for name in (
-            "K", "BLOCK_K", "HAS_HR", "SUMS", "INPUTS", "RECURRENT", "BIASED", "SAVED", "WIDTH", "PARAMETERS",
-            "WHOLE_ROWS", "ZONEOUT", "BIAS",
-        ):  # fmt: skip
+        for name in ("K", "BLOCK_K", "HAS_HR", "WHOLE_ROWS"):
             del constants[name]
         k1, k2 = blocks_of(H, plan.slices)
-        constants |= {"LAYERS": plan.layers, "SLICES": plan.slices, "K1": k1, "K2": k2, "launch_cooperative_grid": True}
+        constants |= {
+            "OTHERS": tuple(k for k in inputs if k not in cell.recurrent),
+            "COLUMNS": 1 << (len(cell.recurrent) - 1).bit_length(),
+            "LAYERS": plan.layers, "SLICES": plan.slices, "K1": k1, "K2": k2, "launch_cooperative_grid": True,
+        }  # fmt: skip
         units, inner = (max(PER_CALL, 1 << (n - 1).bit_length()) for n in (H, K))  # none waits for the others' there
         rebuild |= {
             "BLOCK_H": units if cell.whole_rows else min(units, REBUILT_UNITS),

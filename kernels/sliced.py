@@ -45,10 +45,25 @@ def load_right(ptr, at, ks, stride, live, limit, SLICES: tl.constexpr):
 
 
 @triton.jit
-def load_rights(ptr, at, ks, ks2, stride, live, limit, K2: tl.constexpr, SLICES: tl.constexpr):
-    """`load_right` of both blocks; where the second is empty, the first twice."""
-    x = load_right(ptr, at, ks, stride, live, limit, SLICES)
-    return x, load_right(ptr, at, ks2, stride, live, limit, SLICES) if K2 > 0 else x
+def load_lefts(ptr, at, ks, ks2, live, limit, K2: tl.constexpr, SLICES: tl.constexpr):
+    """`load_left` of the blocks that there are."""
+    blocks = (load_left(ptr, at, ks, live, limit, SLICES),)
+    if K2 > 0:
+        blocks += (load_left(ptr, at, ks2, live, limit, SLICES),)
+    return blocks
+
+
+@triton.jit
+def load_rights(
+    ptr, step, at, ks, ks2, stride, live, limit, COUNT: tl.constexpr, K2: tl.constexpr, SLICES: tl.constexpr
+):
+    """`load_right` of the blocks that there are of each of COUNT factors, which are `step` apart."""
+    blocks = ()
+    for k in tl.static_range(COUNT):
+        blocks += (load_right(ptr + k * step, at, ks, stride, live, limit, SLICES),)
+        if K2 > 0:
+            blocks += (load_right(ptr + k * step, at, ks2, stride, live, limit, SLICES),)
+    return blocks
 
 
 @triton.jit
@@ -68,6 +83,14 @@ def add(left, right, acc, PRECISION: tl.constexpr, MATVEC: tl.constexpr = False)
             acc += tl.where(chosen, tl.sum(row[:, None] * right.to(acc.dtype), 0)[None, :], 0.0)
     else:
         acc = dot(left, right, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def add_all(lefts, rights, acc, PRECISION: tl.constexpr, MATVEC: tl.constexpr = False):
+    """`add` of each block of the left factor with that of the right."""
+    for k in tl.static_range(len(rights)):
+        acc = add(lefts[k], rights[k], acc, PRECISION, MATVEC)
     return acc
 
 

@@ -63,14 +63,27 @@ def _chosen(layer: Layer, strategy: str | None) -> Plan:
 
 
 def of(layer: Layer) -> Plan:
-    """The plan for a layer's call."""
+    """The plan for a layer's call.
+
+    Where "cooperative" is forced, or the fastest as predicted, and can't run the layer, "step" is taken: for cells that
+    look at whole rows, which programs that have some of the units can't without more barriers, and for projections that
+    can't be folded.
+    """
     if layer.plan is not None:
         return replace(layer.plan, layers=1)
     plan = _chosen(layer, planning.forced())
-    drops = layer.dropout.mask is not None or layer.dropout.seed is not None
-    if plan.strategy == "cooperative" and layer.hx.size(2) != layer.cx.size(2) and drops:
-        return _chosen(layer, "step")  # the mask between the two weights forbids to fold them (kernels/folded.py)
+    if plan.strategy == "cooperative" and (layer.cell.whole_rows or not _folds(layer)):
+        return _chosen(layer, "step")
     return plan
+
+
+def _folds(layer: Layer) -> bool:
+    """Whether there is no projection, or one that can be folded into weight_hh (kernels/folded.py).
+
+    Not with recurrent dropout, whose mask is between the two weights, nor with sums that lack a product with the input.
+    """
+    drops = layer.dropout.mask is not None or layer.dropout.seed is not None
+    return layer.hx.size(2) == layer.cx.size(2) or not (drops or layer.cell.inputs < layer.cell.sums)
 
 
 def of_wavefront(layer: Layer, layers: int) -> Plan | None:
@@ -217,9 +230,9 @@ class Wavefront:
         )
 
     def forward(self, save: bool) -> tuple[Tensor, Pass]:
-        """The outputs of all layers (L, N, H), without `save` of the last (N, H); the pass with gates (L, N, 4H)."""
+        """The outputs of all layers (L, N, H), without `save` of the last (N, H); the pass with gates (L, N, WH)."""
         count, N, H, input = len(self.layers), self.whole.input.size(0), self.cx.size(2), self.hx
-        gates = input.new_empty(count if save else 1, N, 4 * H)
+        gates = input.new_empty(count if save else 1, N, self.whole.width * H)
         self.whole.products(self.window, gates)
         cells = self.cx.new_empty(count, N, H) if save else None
         output = input.new_empty((count, N, H) if save else (N, H))
@@ -230,7 +243,7 @@ class Wavefront:
     def backward(
         self, doutput: Tensor, gates: list[Tensor], cells: list[Tensor], dhn: Tensor, dcn: Tensor
     ) -> Gradients:
-        """From what `forward` kept of each layer: the gradients of all layers' gates (L, N, 4H) and states."""
+        """From what `forward` kept of each layer: the gradients of all layers' sums (L, N, GH) and states."""
         saved = Saved(_joined(gates), _joined(cells))
         with _device_of(doutput):
             run = _kernels().cooperative_backward.run

@@ -6,22 +6,26 @@ Their races are in `test_races.py`, the machine code in `test_machine_code.py`.
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
 import triton  # noqa: E402
 
 from checks import Case, assert_close, matrix, results, shaped  # noqa: E402
-from lstm_triton import TritonLSTM, kernels, launching, planning  # noqa: E402
+from lstm_triton import TritonLSTM, cells, kernels, launching, ops, planning, reference  # noqa: E402
+from lstm_triton.cells.cell import Cell, Parameter, register  # noqa: E402
+from lstm_triton.cells.jit import tanh, tl  # noqa: E402
+from lstm_triton.cells.lstm import GATES, variant  # noqa: E402
 from lstm_triton.cpu import build  # noqa: E402
 from lstm_triton.kernels import barrier  # noqa: E402
-from lstm_triton.recurrence import Layer  # noqa: E402
+from lstm_triton.recurrence import Layer, RecurrentDropout, Zoneout, present  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(kernels.INTERPRETED, reason="the interpreter runs no two programs at once"),
@@ -336,3 +340,257 @@ def test_barriers_of_threads_are_apart() -> None:
     thread.start()
     thread.join()
     assert found[0] is not here
+
+
+# ---- Other cells ----
+
+
+@triton.jit
+def mixed_forward(sums, c, parameters):
+    a = sums[0] * parameters[0]
+    for k in tl.static_range(1, len(sums)):
+        a += sums[k] * parameters[k]
+    t = tanh(a)
+    c = 0.5 * c + t
+    return sums + (t,), c, c * t
+
+
+@triton.jit
+def mixed_backward(saved, c, c_prev, dq, dc, parameters):
+    t = saved[len(saved) - 1]
+    dc += dq * t
+    da = (dc + dq * c) * (1 - t * t)
+    dsums = ()
+    dparameters = ()
+    for k in tl.static_range(len(saved) - 1):
+        dsums += (da * parameters[k],)
+        dparameters += (da * saved[k],)
+    return dsums, 0.5 * dc, dparameters
+
+
+def mixed_forward_torch(sums: Any, c: Tensor, parameters: Any) -> tuple[Any, Tensor, Tensor]:
+    t = torch.tanh(sum(a * p for a, p in zip(sums, parameters, strict=True)))
+    c = 0.5 * c + t
+    return (*sums, t), c, c * t
+
+
+def mixed_backward_torch(
+    saved: Any, c: Tensor, c_prev: Tensor, dq: Tensor, dc: Tensor, parameters: Any
+) -> tuple[Any, Tensor, Any]:
+    t = saved[-1]
+    dc = dc + dq * t
+    da = (dc + dq * c) * (1 - t * t)
+    return tuple(da * p for p in parameters), 0.5 * dc, tuple(da * a for a in saved[:-1])
+
+
+# Sums with each combination of products and bias; five with a product with h, for which there are eight columns.
+MIXED = register(
+    Cell(
+        "mixed, of test_cooperative",
+        sums=8,
+        inputs=4,
+        recurrent=(0, 2, 4, 5, 6),
+        biased=(1, 4, 7),
+        saved=(*(f"a{k}" for k in range(8)), "t"),
+        parameters=(Parameter("weight_a", 8, 0.3),),
+        forward=mixed_forward,
+        backward=mixed_backward,
+        forward_torch=mixed_forward_torch,
+        backward_torch=mixed_backward_torch,
+    )  # fmt: skip
+)
+CELLS = [*(variant(kind, peephole) for kind in GATES for peephole in (False, True))]
+CELLS += [cells.of("gru"), cells.of("rnn-tanh"), cells.of("rnn-relu"), MIXED]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a stack of any cell's layers."""
+
+    layers: int = 2
+    directions: int = 2
+    bias: bool = True
+    features: int = 5
+    hidden: int = 29  # four programs, of which the last has fewer units
+    size: int = 0  # of projections
+    batch: int = 19  # two tiles
+    steps: int = 5
+    packed: bool = False
+    p: float = 0.0
+    per_step: bool = True
+    zoneout: tuple[float, float] | None = None
+    draws: bool = False
+    chunk: int = 0
+
+    def weights(self, cell: Cell) -> list[Tensor]:
+        size, found = self.size or self.hidden, []
+        for k in range(self.layers):
+            features = size * self.directions if k else self.features
+            shapes = [(cell.inputs * self.hidden, features), (len(cell.recurrent) * self.hidden, size)]
+            if self.bias:
+                shapes += [(cell.inputs * self.hidden,), (len(cell.biases) * self.hidden,)]
+            if self.size:
+                shapes.append((size, self.hidden))
+            shapes += [(p.vectors * self.hidden,) for p in present(cell, self.bias)]
+            found += [
+                (torch.rand(shape) * 2 - 1) / self.hidden**0.5 for _ in range(self.directions) for shape in shapes
+            ]
+        return found
+
+    def compare(
+        self, cell: Cell, device: torch.device, dtype: torch.dtype = torch.float32, trains: bool = True
+    ) -> None:
+        """Outputs, states and all gradients, without `trains` not the weights', with `reference.stack` in float64.
+
+        Zoneout is left out for cells that don't carry c, which have none.
+        """
+        count = self.layers * self.directions
+        rows = torch.tensor([self.batch] * 2 + [k * self.batch // self.steps for k in range(self.steps - 2, 0, -1)])
+        sizes = rows[: self.steps] if self.packed else None
+        total = self.batch * self.steps if sizes is None else int(sizes.sum())
+        shape = (total,) if self.packed else (self.steps, self.batch)
+        x, hx = torch.randn(*shape, self.features), torch.randn(count, self.batch, self.size or self.hidden)
+        wanted = [x, hx, torch.randn(count, self.batch, self.hidden)] if cell.carries else [x, hx]
+        wanted = [t.to(device, dtype) for t in (*wanted, *self.weights(cell))]
+        seed = torch.tensor([7], device=device)
+        zone = None
+        if self.zoneout is not None and cell.carries:
+            zone = Zoneout(*self.zoneout, seed if self.draws else None)
+        mask = RecurrentDropout(None, seed if self.p > 0 else None, self.p, self.per_step)
+        drawn = mask.drawn(self.steps, wanted[1].double())
+
+        def ours(x: Tensor, hx: Tensor, cx: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+            return ops.run(
+                x, sizes, hx, cx, list(weights), self.layers, self.bias, 0.0, None, seed, self.p, self.per_step,
+                "triton", self.chunk, True, cell.name, None if zone is None else list(zone[:2]), self.draws,
+            )  # fmt: skip
+
+        def plain(x: Tensor, hx: Tensor, cx: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+            return reference.stack(
+                cell, x, (hx, cx), list(weights), sizes, self.layers, self.bias, self.directions == 2, mask=drawn,
+                zoneout=zone,
+            )  # fmt: skip
+
+        found, expected = (
+            outputs_and_gradients(run, [t.to(kind) for t in wanted], cell, trains)
+            for run, kind in ((ours, dtype), (plain, torch.float64))
+        )
+        assert_close(found, expected, dtype)
+
+
+def outputs_and_gradients(run: Any, given: list[Tensor], cell: Cell, trains: bool) -> dict[str, Tensor]:
+    wanted = [t.clone().requires_grad_() for t in (given if trains else given[: 2 + cell.carries])]
+    given = wanted + given[len(wanted) :]
+    outputs = run(*given) if cell.carries else run(*given[:2], *given[1:])
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
+    gradients = torch.autograd.grad(outputs, wanted, weights)
+    named = {f"output {k}": y for k, y in enumerate(outputs)} | {f"gradient {k}": g for k, g in enumerate(gradients)}
+    return {name: t.detach() for name, t in named.items()}
+
+
+EACH = {  # of each cell
+    "dense": Call(),
+    "all at once": Call(packed=True, p=0.4, zoneout=(0.3, 0.2), draws=True),
+}
+CALLS = {  # of some
+    **EACH,
+    "packed": Call(packed=True),
+    "one step": Call(steps=1),
+    "without biases": Call(bias=False),
+    "a mask for all steps": Call(p=0.4, per_step=False),
+    "zoneout, expected": Call(zoneout=(0.3, 0.2)),
+    "rebuilt": Call(packed=True, chunk=2, zoneout=(0.3, 0.2), draws=True),
+    "one block": Call(hidden=32, batch=3),  # the inner dimension, which has two else
+}
+
+
+@pytest.mark.parametrize(
+    "cell,call",
+    [
+        pytest.param(cell, call, id=f"{cell.name}-{call}")
+        for cell in CELLS
+        for call in (CALLS if cell.name in ("gru", "lstm-peephole", MIXED.name) else EACH)
+    ],
+)
+def test_cells(cell: Cell, call: str, device: torch.device, launches: Launches) -> None:
+    with planning.force("cooperative"):
+        CALLS[call].compare(cell, device)
+    times = CALLS[call].layers * (3 if CALLS[call].chunk else 1)
+    assert [name for name, _ in launches] == ["forward_kernel"] * times + ["backward_kernel"] * times
+    if device.type == "cpu":
+        assert {grid[0] for _, grid in launches} == {4}
+
+
+@pytest.mark.parametrize(
+    "name,dtype",
+    [
+        ("gru", torch.float16),
+        ("lstm-peephole", torch.bfloat16),
+        ("rnn-relu", torch.float16),
+        (MIXED.name, torch.float64),
+    ],
+)
+def test_cells_in_other_dtypes(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    with planning.force("cooperative"):
+        Call(packed=True, layers=1, zoneout=(0.3, 0.2), draws=True).compare(cells.of(name), device, dtype)
+
+
+@pytest.mark.parametrize(
+    "name,chunk", [("lstm", 2), ("lstm-peephole", 0), ("lstm-coupled", 0), ("lstm-carousel-peephole", 0)]
+)
+def test_projections_of_cells(name: str, chunk: int, device: torch.device, launches: Launches) -> None:
+    """The gradient of weight_hr, made outside of the kernels, is that of four gates alone (`lstm_triton.ops`)."""
+    cell = cells.of(name)
+    with planning.force("cooperative"):
+        Call(packed=True, size=7, chunk=chunk).compare(cell, device, trains=cell.sums == 4)
+    assert len(launches) == (12 if chunk else 4)
+
+
+@pytest.mark.parametrize("call", [Call(), Call(layers=3, packed=True, hidden=13)], ids=["dense", "packed"])
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.is_plain], ids=lambda cell: cell.name)
+def test_wavefronts_of_cells(cell: Cell, call: Call, device: torch.device, launches: Launches) -> None:
+    with planning.force("wavefront"):
+        replace(call, directions=1).compare(cell, device)
+    assert [(name, grid[2]) for name, grid in launches] == [
+        ("forward_kernel", call.layers), ("backward_kernel", call.layers)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name,call",
+    [
+        ("gru", Call(directions=1)),
+        ("lstm-peephole", Call(directions=1)),
+        ("lstm", Call(directions=1, zoneout=(0.3, 0.2))),
+    ],
+)
+def test_no_wavefronts(name: str, call: Call, device: torch.device, launches: Launches) -> None:
+    """Of sums that lack a product, of parameters, and of zoneout: the layers run one by one."""
+    with planning.force("wavefront"):
+        call.compare(cells.of(name), device)
+    assert len(launches) == 2 * call.layers and {grid[2] for _, grid in launches} == {1}
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_whole_rows_run_step_by_step(kind: str, device: torch.device, launches: Launches) -> None:
+    """Programs that have some of the units can't add up all of a row."""
+    call = Call(layers=1, directions=1)
+    for strategy in ("cooperative", "wavefront"):
+        launches.clear()
+        with planning.force(strategy):
+            call.compare(variant(kind, layer_norm=True), device)
+        assert len(launches) == 2 * call.steps + 1  # one a step; in backward one more, for the state before
+
+
+def test_projections_with_sums_that_lack_an_input(device: torch.device, launches: Launches) -> None:
+    """There is nothing to add the initial h's product to: another strategy runs."""
+    call = Call(layers=1, directions=1, size=3)
+    cx = torch.zeros(1, 2, call.hidden, device=device)
+    weights = [w.to(device) for w in call.weights(MIXED)]
+    with planning.force("cooperative"):
+        ops.run(
+            torch.zeros(4, 2, 5, device=device), None, cx[..., :3].contiguous(), cx, weights, 1, True, 0.0, None, None,
+            0.0, True, "triton", 0, False, MIXED.name, None, False,
+        )  # fmt: skip
+    assert len(launches) == 4  # one a step

@@ -21,7 +21,7 @@ from barrier_mutants import MUTANTS, ONE_TOO_MANY, put_in  # noqa: E402
 from grid_simulator import Deadlock, Race, Run, simulated  # noqa: E402
 
 from checks import Case, assert_close, results, shaped  # noqa: E402
-from lstm_triton import TritonLSTM, functional, kernels, launching, planning  # noqa: E402
+from lstm_triton import TritonGRU, TritonLSTM, TritonRNN, functional, kernels, launching, planning  # noqa: E402
 from lstm_triton.kernels import barrier  # noqa: E402
 from lstm_triton.recurrence import Layer  # noqa: E402
 
@@ -49,6 +49,18 @@ class Masked(nn.Module):
         return y, (h, c)
 
 
+class WithoutC(nn.Module):
+    """A module that has no c, called as one that has."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        y, h = self.module(x, hx[0])
+        return y, (h, hx[1].clone())
+
+
 @dataclass(frozen=True)
 class Example:
     """A call of the cooperative kernels."""
@@ -58,6 +70,7 @@ class Example:
     plan: dict[str, Any] = field(default_factory=dict)
     given: int = 0  # steps of a mask that is given
     trains: bool = True
+    kind: Any = TritonLSTM
 
     @property
     def programs(self) -> int:
@@ -66,12 +79,15 @@ class Example:
         return (2 if self.case.hidden_size == 13 else 3) * 2 * planes
 
     def modules(self) -> tuple[nn.Module, nn.Module]:
-        """The reference in float64, nn.LSTM unless it knows no such dropout, and ours."""
-        reference, ours = self.case.modules(CPU, torch.float32, backend="triton", **self.options)
-        if self.options.keys() & {"dropout", "recurrent_dropout"} or self.given:
-            eager = TritonLSTM(**self.case.arguments, backend="eager", dtype=torch.float64, **self.options)  # type: ignore[arg-type]
-            eager.load_state_dict(reference.state_dict())
-            reference = eager
+        """The reference in float64, nn.LSTM unless it knows no such cell or dropout, and ours."""
+        if self.kind is TritonLSTM and not self.given and self.options.keys() <= {"recompute"}:
+            return self.case.modules(CPU, torch.float32, backend="triton", **self.options)
+        given = {k: v for k, v in self.case.arguments.items() if self.kind is TritonLSTM or k != "proj_size"}
+        ours = self.kind(**given, backend="triton", **self.options)
+        reference = self.kind(**given, backend="eager", dtype=torch.float64, **self.options)
+        reference.load_state_dict(ours.state_dict())
+        if self.kind is not TritonLSTM:
+            return WithoutC(reference), WithoutC(ours)
         if self.given:
             directions = 2 if self.case.bidirectional else 1
             mask = torch.randint(2, (directions, self.given, self.case.batch, self.case.hidden_size)) * 2.0
@@ -123,6 +139,11 @@ EXAMPLES = {
     "wavefront, ragged, all dropouts": Example(
         shaped(**TWO, num_layers=2, form="packed"), {"dropout": 0.3, "recurrent_dropout": 0.4}
     ),
+    "parameters and zoneout": Example(
+        shaped(**TWO, bidirectional=True, form="packed"), {"peephole": True, "zoneout": (0.3, 0.2)}
+    ),
+    "GRU": Example(shaped(**THREE, form="packed"), kind=TritonGRU),
+    "wavefront of one sum": Example(shaped(**TWO, num_layers=2, form="packed"), kind=TritonRNN),
 }
 
 
@@ -203,7 +224,7 @@ FIRST_WAIT = "    rounds = barrier.wait(counter_ptr, before, rounds)\n    before
 ARRIVAL = "        barrier.arrive(counter_ptr, leads, programs)\n"
 COUNTER = "(tl.program_id(1) * D + d) * _SPACING"
 STORE = "        tl.store(h_ptr + then + state_at, shared, mask=state_mask)\n"
-GRADIENTS = "        tl.store(g_at, cast(da_i, operand), mask=cell_mask)\n"
+GRADIENTS = "        tiles.store(g_at, H, da, cell_mask)\n"
 # An example, the pass, and what is replaced in the kernel's file.
 KERNEL_MUTANTS = {
     "one buffer": ("dense", False, {"(s % 2) * slot, (1 - s % 2) * slot": "0 * slot, 0 * slot"}),
@@ -212,11 +233,7 @@ KERNEL_MUTANTS = {
     "early arrival": ("dense", False, {f"{ARRIVAL}        if SAVE": "        if SAVE", STORE: ARRIVAL + STORE}),
     "a counter for both directions": ("both directions", False, {COUNTER: "tl.program_id(1) * _SPACING"}),
     "layers that don't meet": ("wavefront", False, {"programs *= LAYERS": "programs *= 1"}),
-    "early arrival, backward": (
-        "dense",
-        True,
-        {f"{ARRIVAL}        t +=": "        t +=", GRADIENTS: ARRIVAL + GRADIENTS},
-    ),
+    "early arrival, backward": ("dense", True, {ARRIVAL: "", GRADIENTS: ARRIVAL + GRADIENTS}),
     "a counter for both directions, backward": ("both directions", True, {COUNTER: "tl.program_id(1) * _SPACING"}),
     "layers that don't meet, backward": ("wavefront", True, {"programs *= LAYERS": "programs *= 1"}),
 }
