@@ -129,7 +129,7 @@ def picture(model: Classifier, headline: Headline) -> Figure:
         figure.colorbar(image, ax=axes)
         axes.set_title(title)
         axes.set_yticks([])
-        axes.set_ylabel("units: against … for sarcasm")
+        axes.set_ylabel("units: least … most for sarcasm")
         label_tokens(axes, headline)
     last.bar(range(len(headline.course)), headline.course.tolist(), color="tab:gray")
     last.axhline(0.5, color="black", linewidth=0.8, linestyle="--")
