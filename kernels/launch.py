@@ -76,6 +76,7 @@ class Launch:
     b_ih: Tensor  # (D, inputs * H) where there are biases
     b_hh: Tensor  # (D, len(cell.biases) * H) where there are biases
     w_hr: Tensor  # (D, K, H) where projected
+    gain: Tensor  # (D, inputs * H) where the input's products are normed
     parameters: Tensor  # (D, P, H) where the cell has some
     offsets: Tensor  # (T + 1 + B) int64 where ragged: the first rows of the steps and N, the lengths of the batch rows
     mask: Tensor  # (D, T or 1, B, K), or the seed
@@ -90,13 +91,13 @@ class Launch:
         input, layout, dropout, cell, zoneout = layer.input, layer.layout, layer.dropout, layer.cell, layer.zoneout
         (N, I), (_, B, K), H = input.shape, layer.hx.shape, layer.cx.size(2)
         D = len(layer.directions)
-        w_ih, w_hh, b_ih, b_hh, w_hr, _ = (
-            _stacked(tensors) if name != "extra" else None
-            for name, tensors in zip(Direction._fields, zip(*layer.directions, strict=True), strict=True)
-        )
-        parameters = _stacked(tuple(d.vectors(cell, H) for d in layer.directions)) if cell.vectors else input
+        w_ih, w_hh, b_ih, b_hh, w_hr = _stacked(layer.directions)
+        parameters, gain = input, input
+        if cell.vectors:
+            parameters = torch.stack([d.vectors(cell, H) for d in layer.directions])
+        if cell.input_norm is not None:
+            gain = torch.stack([d.gain(cell) for d in layer.directions])
         ragged, projected, bias = not layout.is_dense, w_hr is not None, b_ih is not None
-        assert w_ih is not None and w_hh is not None and parameters is not None
         offsets = torch.tensor([*layout.starts, N, *layout.lengths], device=input.device) if ragged else input
         mask, mask_steps, kind, per_step = input, 1, "none", dropout.per_step
         if dropout.mask is not None:
@@ -112,7 +113,7 @@ class Launch:
         return cls(
             plan, layout, D, layout.steps, B, H, K, I, projected, bias, cell, input, w_ih, w_hh,
             input if b_ih is None else b_ih, input if b_hh is None else b_hh, input if w_hr is None else w_hr,
-            parameters, offsets, mask, mask_steps, seed, drop,
+            gain, parameters, offsets, mask, mask_steps, seed, drop,
             *_constants(
                 cell, input.dtype, plan, D, H, K, I, projected, bias, ragged, kind, per_step, zone,
                 rnn_precision(input.device),
@@ -224,7 +225,8 @@ def _constants(
         # Of no use to a kernel that isn't fused: there the same for all layers, which share one kernel then.
         features = I if plan.fused else 1
         block_i = 1 << (features - 1).bit_length()
-        constants |= {"I": features, "BLOCK_I": block_i, "FUSED": plan.fused}
+        norm = cell.input_norm or 0.0
+        constants |= {"I": features, "BLOCK_I": block_i, "FUSED": plan.fused, "INPUT_NORM": norm if plan.fused else 0.0}
     if plan.strategy == "cooperative":
         for name in ("K", "BLOCK_K", "HAS_HR", "WHOLE_ROWS"):
             del constants[name]
@@ -242,8 +244,9 @@ def _constants(
     return constants, rebuild
 
 
-def _stacked(tensors: tuple[Tensor | None, ...]) -> Tensor | None:
-    """(D, ·, …), copied only where there are two directions; where there is one, that axis isn't made."""
-    if tensors[0] is None:
-        return None
-    return tensors[0].contiguous() if len(tensors) == 1 else torch.stack(tensors)  # type: ignore[arg-type]
+def _stacked(directions: list[Direction]) -> tuple[Any, ...]:
+    """The weights of the directions (D, ·, …), copied where there are two; where there is one, without that axis."""
+    if len(directions) == 1:
+        return tuple([x if x is None or x.is_contiguous() else x.contiguous() for x in directions[0][:5]])
+    pairs = zip(*(d[:5] for d in directions), strict=True)
+    return tuple([None if tensors[0] is None else torch.stack(tensors) for tensors in pairs])  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ from lstm_triton.kernels.blocks import (
 )
 from lstm_triton.kernels.launch import RUN_TIME, Launch, start
 from lstm_triton.kernels.pointwise import run_backward, run_forward, zoned
+from lstm_triton.kernels.units import normalized, through_norm
 from lstm_triton.recurrence import Gradients, LayerGradients, Pass, Saved, Window, parameter_gradients
 
 
@@ -44,6 +45,7 @@ def forward_kernel(
     w_ih_ptr,  # (D, len(INPUTS) * H, I) where FUSED
     b_ih_ptr,  # (D, len(INPUTS) * H) where FUSED and BIAS
     b_hh_ptr,  # (D, len(BIASED) * H) where BIAS
+    gain_ptr,  # (D, len(INPUTS) * H) where FUSED and INPUT_NORM
     parameters_ptr,  # (D, P, H)
     offsets_ptr,  # (T + 1 + B) where RAGGED: the steps' first rows, the batch rows' lengths
     mask_ptr,  # see mask_tile
@@ -54,7 +56,7 @@ def forward_kernel(
     SAVED: tl.constexpr, WIDTH: tl.constexpr, PARAMETERS: tl.constexpr, WHOLE_ROWS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_I: tl.constexpr,
     HAS_HR: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
-    ZONEOUT: tl.constexpr, FUSED: tl.constexpr, BIAS: tl.constexpr,
+    ZONEOUT: tl.constexpr, FUSED: tl.constexpr, BIAS: tl.constexpr, INPUT_NORM: tl.constexpr,
     SAVE: tl.constexpr, PRECISION: tl.constexpr, CELL: tl.constexpr,
 ):  # fmt: skip
     d = tl.program_id(1)
@@ -74,13 +76,16 @@ def forward_kernel(
         u = tiles.load(
             w_ih_ptr + d * len(INPUTS) * H * I + hs[None, :] * I + xs[:, None], H * I, u_mask, len(INPUTS)
         )  # (I, H)
+    unit_mask = (hs < H)[None, :]
     kept = c_ptr.dtype.element_ty
     biases = tiles.biases(
         b_ih_ptr + d * len(INPUTS) * H, b_hh_ptr + d * len(BIASED) * H, hs, H, BLOCK_H,
         SUMS, INPUTS, BIASED, BIAS, FUSED, kept,
     )  # fmt: skip
+    if FUSED and INPUT_NORM > 0:
+        gains = tiles.load_as(gain_ptr + d * len(INPUTS) * H + hs[None, :], H, unit_mask, len(INPUTS), kept)
     at_vectors = parameters_ptr + d * PARAMETERS * H + hs[None, :]
-    parameters = tiles.load_as(at_vectors, H, (hs < H)[None, :], PARAMETERS, kept)
+    parameters = tiles.load_as(at_vectors, H, unit_mask, PARAMETERS, kept)
     state_h = ((d * B + rows) * K)[:, None] + ks[None, :]
     state_c = ((d * B + rows) * H)[:, None] + hs[None, :]
     mask_h = in_batch[:, None] & (ks < K)[None, :]
@@ -97,7 +102,12 @@ def forward_kernel(
         g_at = gates_ptr + ((plane + at) * WIDTH * H)[:, None] + hs[None, :]
         if FUSED:
             x = tl.load(x_ptr + (at * I)[:, None] + xs[None, :], mask=live[:, None] & (xs < I)[None, :], other=0.0)
-            sums = tiles.begin_with_products(x, u, biases, INPUTS, BLOCK_B, BLOCK_H, PRECISION)
+            sums = tiles.zeros(len(INPUTS), (BLOCK_B, BLOCK_H), kept)
+            sums = tiles.add_products(x, u, sums, INPUTS, PRECISION)
+            if INPUT_NORM > 0:
+                sums, _ = normalized(sums, (unit_mask, H), INPUT_NORM)
+                sums = tiles.times(sums, gains)
+            sums = tiles.add_biases(sums, biases, BLOCK_B, BLOCK_H)
         else:
             sums = tiles.begin(g_at, H, cell_mask, biases, INPUTS, BLOCK_B, BLOCK_H, kept)
         h_in = h
@@ -108,7 +118,7 @@ def forward_kernel(
             )  # fmt: skip
             h_in = cast(h.to(c.dtype) * m, h.dtype)
         sums = tiles.add_products(h_in, w, sums, RECURRENT, PRECISION)
-        saved, c_new, q = run_forward(CELL, sums, c, parameters, (hs < H)[None, :], H, WHOLE_ROWS)
+        saved, c_new, q = run_forward(CELL, sums, c, parameters, unit_mask, H, WHOLE_ROWS)
         if ZONEOUT != "none":
             saved += (c_new,)
             of_h, of_c = zoned(
@@ -144,7 +154,7 @@ def forward(
     start(
         forward_kernel, launch.grid, [
             result.gates, launch.x, output, result.c, hx, cx, result.hn, result.cn,
-            launch.w_hh, launch.w_hr, launch.w_ih, launch.b_ih, launch.b_hh, launch.parameters,
+            launch.w_hh, launch.w_hr, launch.w_ih, launch.b_ih, launch.b_hh, launch.gain, launch.parameters,
             launch.offsets, launch.mask, launch.zoneout, *launch.numbers(window),
         ], launch.constants, SAVE=save, CELL=launch.cell.forward,
     )  # fmt: skip
@@ -170,11 +180,13 @@ def backward_kernel(
     parameters_ptr,  # (D, P, H)
     x_ptr,  # (N, I) where FUSED
     w_ih_ptr,  # (D, len(INPUTS) * H, I) where FUSED
+    gain_ptr,  # (D, len(INPUTS) * H) where FUSED and INPUT_NORM
     dx_ptr,  # (D, n, I) out, where FUSED and DX
     dw_ih_ptr,  # (tiles of the batch, D, INPUTS * H, I) out, where FUSED and DW, as the two below
     dw_hh_ptr,  # (tiles, D, RH, K)
     db_ih_ptr,  # (tiles, D, INPUTS * H)
     db_hh_ptr,  # (tiles, D, len(BIASED) * H)
+    dgain_ptr,  # (tiles, D, len(INPUTS) * H) where INPUT_NORM
     dparameters_ptr,  # (tiles, D, P, H) out
     offsets_ptr,  # (T + 1 + B) where RAGGED: the steps' first rows, the batch rows' lengths
     mask_ptr,  # see mask_tile
@@ -185,7 +197,7 @@ def backward_kernel(
     SAVED: tl.constexpr, WIDTH: tl.constexpr, PARAMETERS: tl.constexpr, WHOLE_ROWS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_I: tl.constexpr,
     HAS_HR: tl.constexpr, RAGGED: tl.constexpr, DROPOUT: tl.constexpr, PER_STEP: tl.constexpr,
-    ZONEOUT: tl.constexpr, FUSED: tl.constexpr, BIAS: tl.constexpr,
+    ZONEOUT: tl.constexpr, FUSED: tl.constexpr, BIAS: tl.constexpr, INPUT_NORM: tl.constexpr,
     PRECISION: tl.constexpr, CELL: tl.constexpr, DX: tl.constexpr, DW: tl.constexpr,
 ):  # fmt: skip
     d = tl.program_id(1)
@@ -209,17 +221,21 @@ def backward_kernel(
     dc = tl.load(dcn_ptr + state_c, mask=mask_c, other=0.0)
     cx = tl.load(cx_ptr + state_c, mask=mask_c, other=0.0)
     at_vectors = parameters_ptr + d * PARAMETERS * H + hs[None, :]
-    parameters = tiles.load_as(at_vectors, H, (hs < H)[None, :], PARAMETERS, kept)
+    unit_mask = (hs < H)[None, :]
+    parameters = tiles.load_as(at_vectors, H, unit_mask, PARAMETERS, kept)
     dvectors = tiles.zeros(PARAMETERS, (BLOCK_H,), kept)
     low, high = steps_of_window(d, T, first, last)
     plane = d.to(tl.int64) * n - row_of_step(offsets_ptr, low, B, RAGGED)
     if FUSED:
         xs = tl.arange(0, BLOCK_I)
         u_mask = (hs < H)[:, None] & (xs < I)[None, :]
-        if DX:
+        if DX or INPUT_NORM > 0:
             u = tiles.load(
                 w_ih_ptr + d * len(INPUTS) * H * I + hs[:, None] * I + xs[None, :], H * I, u_mask, len(INPUTS)
             )
+        if INPUT_NORM > 0:
+            gains = tiles.load_as(gain_ptr + d * len(INPUTS) * H + hs[None, :], H, unit_mask, len(INPUTS), kept)
+            dgains = tiles.zeros(len(INPUTS), (BLOCK_H,), kept)
         if DW:
             hx = tl.load(hx_ptr + state_h, mask=mask_h, other=0.0)
             du = tiles.zeros(len(INPUTS), (BLOCK_H, BLOCK_I), kept)
@@ -264,27 +280,36 @@ def backward_kernel(
             dc_stays = of_c * dc
             dq -= dh_stays
             dc_t -= dc_stays
-        da, dc_prev, dparameters = run_backward(
-            CELL, saved, c, c_prev, dq, dc_t, parameters, (hs < H)[None, :], H, WHOLE_ROWS
-        )
+        da, dc_prev, dparameters = run_backward(CELL, saved, c, c_prev, dq, dc_t, parameters, unit_mask, H, WHOLE_ROWS)
         if ZONEOUT != "none":
             dc_prev += dc_stays
         # Rows without this step have gradients, but no part in sums over rows.
         dvectors = tiles.add_rows(dvectors, tiles.where(live, dparameters))
-        da = tiles.cast_all(tiles.where(live, da), operand)
+        da = tiles.where(live, da)
         if FUSED:
             x_mask = live[:, None] & (xs < I)[None, :]
+            if DW or INPUT_NORM > 0:
+                x = tl.load(x_ptr + (at * I)[:, None] + xs[None, :], mask=x_mask, other=0.0)
+            of_input = da
+            if INPUT_NORM > 0:  # whose products aren't kept, but made again
+                products = tiles.zeros(len(INPUTS), (BLOCK_B, BLOCK_H), kept)
+                products = tiles.add_products_of_rows(x, u, products, PRECISION)
+                normed, factor = normalized(products, (unit_mask, H), INPUT_NORM)
+                dgains = tiles.add_rows(dgains, tiles.times(normed, da))
+                of_input = through_norm(tiles.times(gains, da), normed, factor, (unit_mask, H))
+            of_input = tiles.cast_all(of_input, operand)
+        da = tiles.cast_all(da, operand)
+        if FUSED:
             if DW:
                 y_at = y_ptr + (at_before * D * K + d * K)[:, None] + ks[None, :]
                 h_prev = tl.where(had, tl.load(y_at, mask=h_mask & had, other=0.0), hx)
                 if DROPOUT != "none":
                     h_prev = cast(h_prev.to(kept) * m, h_prev.dtype)
-                x = tl.load(x_ptr + (at * I)[:, None] + xs[None, :], mask=x_mask, other=0.0)
-                du = tiles.add_transposed(da, x, du, INPUTS, PRECISION)
+                du = tiles.add_transposed(of_input, x, du, INPUTS, PRECISION)
                 dw = tiles.add_transposed(da, h_prev, dw, RECURRENT, PRECISION)
                 db = tiles.add_rows(db, tiles.cast_all(da, kept))
             if DX:
-                dx = tiles.product_of_all(da, u, tl.zeros((BLOCK_B, BLOCK_I), kept), INPUTS, PRECISION)
+                dx = tiles.product_of_all(of_input, u, tl.zeros((BLOCK_B, BLOCK_I), kept), INPUTS, PRECISION)
                 tl.store(dx_ptr + ((plane + at) * I)[:, None] + xs[None, :], cast(dx, operand), mask=x_mask)
         else:
             tiles.store(dgates_ptr + ((plane + at) * SUMS * H)[:, None] + hs[None, :], H, da, cell_mask)
@@ -304,6 +329,8 @@ def backward_kernel(
         tiles.store(dw_ih_ptr + tile * len(INPUTS) * H * I + hs[:, None] * I + xs[None, :], H * I, du, u_mask)
         at_w = dw_hh_ptr + tile * len(RECURRENT) * H * K + hs[:, None] * K + ks[None, :]
         tiles.store(at_w, H * K, dw, weight_mask)
+        if INPUT_NORM > 0:
+            tiles.store(dgain_ptr + tile * len(INPUTS) * H + hs, H, dgains, hs < H)
         tiles.store_some(db_ih_ptr + tile * len(INPUTS) * H + hs, H, db, hs < H, INPUTS)
         tiles.store_some(db_hh_ptr + tile * len(BIASED) * H + hs, H, db, hs < H, BIASED)
 
@@ -329,7 +356,7 @@ def backward(
     found = launch.gradients(window, saved, dhn, dcn)
     D, H, I, K, cell = launch.D, launch.H, launch.I, launch.K, launch.cell
     fused, single = launch.plan.fused, True
-    dx, dw, vectors = hx, [hx] * 4, found.dparameters
+    dx, dw, vectors = hx, [hx] * 5, found.dparameters
     if fused:
         # Each tile of the batch adds up its own; where there is but one, these are the gradients themselves.
         count = launch.grid[0]
@@ -337,13 +364,13 @@ def backward(
         size = window.size(D)
         dx = hx.new_empty(((D, size, I) if D > 1 else (size, I)) if input_wanted else (0,))
         inputs, recurrent, biased = (n * H for n in (cell.inputs, len(cell.recurrent), len(cell.biases)))
-        shapes = ((inputs, I), (recurrent, K), (inputs,), (biased,)) if weights_wanted else ((0,),) * 4
+        shapes = ((inputs, I), (recurrent, K), (inputs,), (biased,), (inputs,)) if weights_wanted else ((0,),) * 5
         dw = [hx.new_empty(shape if single else (count, D, *shape)) for shape in shapes]
     start(
         backward_kernel, launch.grid, [
             doutput, dhn, dcn, saved.gates, saved.c, output, hx, cx,
             found.dgates, hx if found.dh is None else found.dh, found.dhx, found.dcx,
-            launch.w_hh, launch.w_hr, launch.parameters, launch.x, launch.w_ih, dx, *dw,
+            launch.w_hh, launch.w_hr, launch.parameters, launch.x, launch.w_ih, launch.gain, dx, *dw,
             hx if vectors is None else vectors, launch.offsets, launch.mask, launch.zoneout, *launch.numbers(window),
         ], launch.constants, CELL=cell.backward, DX=fused and input_wanted, DW=fused and weights_wanted,
     )  # fmt: skip
@@ -351,12 +378,11 @@ def backward(
         vectors = vectors.sum(0)
     if not fused:
         return found._replace(dparameters=vectors)
-    each = dw if launch.bias else dw[:2]
-    if not single:
-        each = [x[:, d].sum(0) for d in range(D) for x in each]
-    if vectors is not None and weights_wanted:
-        count = len(each) // D
-        own = [parameter_gradients(cell, vectors[d], launch.bias) for d in range(D)]
-        each = [x for d in range(D) for x in (*each[d * count : (d + 1) * count], *own[d])]
+    each = []
+    for d in range(D):
+        own = dw if single else [x[:, d].sum(0) for x in dw]
+        each += own[: 4 if launch.bias else 2]
+        if cell.parameters and weights_wanted:
+            each += parameter_gradients(cell, launch.bias, None if vectors is None else vectors[d], own[4])
     pieces = [] if not input_wanted else [dx] if D == 1 else list(dx)
     return LayerGradients(found.dhx, found.dcx, pieces, each)

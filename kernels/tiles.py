@@ -137,14 +137,28 @@ def begin(
 
 
 @triton.jit
-def begin_with_products(
-    x, rights, biases, INPUTS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr
-):
-    """The same with the input's products made here."""
+def add_biases(tiles, biases, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """A step's sums from the input's products: with biases, and the other sums, which are biases alone."""
     found = ()
     for k in tl.static_range(len(biases)):
-        a = tl.broadcast_to(biases[k][None, :], (BLOCK_B, BLOCK_H))
-        if k < len(INPUTS):
-            a = dot(x, rights[k], a, PRECISION)
-        found += (a,)
+        b = tl.broadcast_to(biases[k][None, :], (BLOCK_B, BLOCK_H))
+        found += (tiles[k] + b if k < len(tiles) else b,)
+    return found
+
+
+@triton.jit
+def times(tiles, factors):
+    """As many products as there are `tiles`."""
+    found = ()
+    for k in tl.static_range(len(tiles)):
+        found += (tiles[k] * factors[k],)
+    return found
+
+
+@triton.jit
+def add_products_of_rows(left, rights, sums, PRECISION: tl.constexpr):
+    """Sums with left @ rights[k]ᵀ added."""
+    found = ()
+    for k in tl.static_range(len(sums)):
+        found += (dot(left, tl.trans(rights[k]), sums[k], PRECISION),)
     return found

@@ -20,17 +20,17 @@ def normalized(tiles, units, EPSILON: tl.constexpr):
     Source: Ba, Kiros & Hinton, "Layer normalization", 2016.
     """
     count = len(tiles) * units[1]
-    mean = total(tiles[0], units)
+    along = tiles[0]  # tiles are added up before their units are: one reduction in place of several
     for k in tl.static_range(1, len(tiles)):
-        mean += total(tiles[k], units)
-    mean /= count
+        along += tiles[k]
+    mean = total(along, units) / count
     apart = ()
     for k in tl.static_range(len(tiles)):
         apart += (tiles[k] - mean,)
-    variance = total(apart[0] * apart[0], units)
+    squares = apart[0] * apart[0]
     for k in tl.static_range(1, len(tiles)):
-        variance += total(apart[k] * apart[k], units)
-    factor = 1 / tl.sqrt(variance / count + EPSILON)
+        squares += apart[k] * apart[k]
+    factor = 1 / tl.sqrt(total(squares, units) / count + EPSILON)
     found = ()
     for k in tl.static_range(len(tiles)):
         found += (apart[k] * factor,)
@@ -41,13 +41,13 @@ def normalized(tiles, units, EPSILON: tl.constexpr):
 def through_norm(gradients, tiles, factor, units):
     """The gradients of what `normalized` got, from those of what it returned, `tiles` and `factor`."""
     count = len(tiles) * units[1]
-    mean = total(gradients[0], units)
-    along = total(gradients[0] * tiles[0], units)
+    mean = gradients[0]
+    along = gradients[0] * tiles[0]
     for k in tl.static_range(1, len(tiles)):
-        mean += total(gradients[k], units)
-        along += total(gradients[k] * tiles[k], units)
-    mean /= count
-    along /= count
+        mean += gradients[k]
+        along += gradients[k] * tiles[k]
+    mean = total(mean, units) / count
+    along = total(along, units) / count
     found = ()
     for k in tl.static_range(len(tiles)):
         found += (factor * (gradients[k] - mean - tiles[k] * along),)

@@ -213,8 +213,7 @@ class Eager:
         """What both loops of direction d get."""
         layer, part = self.layer, window.part(d)
         hidden, (_, w_hh, _, _, w_hr, _) = layer.cx.size(2), layer.directions[d]
-        vectors = layer.directions[d].vectors(layer.cell, hidden)
-        parameters = () if vectors is None else vectors.unbind(0)
+        parameters = layer.directions[d].vectors(layer.cell, hidden).unbind(0)
         zone = None if layer.zoneout is None else layer.zoneout.of_steps(d, *window.steps(d), layer.hx[d])
         return Loop(layer.cell, w_hh, w_hr, parameters, layer.start(d), part, d == 1, self._mask(d, window), zone)
 

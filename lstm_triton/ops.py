@@ -33,7 +33,6 @@ from lstm_triton.recurrence import (
     Window,
     Zoneout,
     parameter_gradients,
-    present,
     rnn_precision,
     state_dtype,
     windows,
@@ -101,7 +100,8 @@ class _Stack:
         if backend == "triton" and tuning.has_plans() and planning.forced() is None:
             kind = records, batch_sizes is not None, mask is not None or p > 0, recompute
             sizes = input.size(-1), hx, cx, num_layers, self.layout.steps
-            self.plan = tuning.plan_for(input.device, tuning.Bucket.of(input.dtype, *sizes, *kind, cell))
+            bucket = tuning.Bucket.of(input.dtype, *sizes, *kind, cell, zoneout is not None)
+            self.plan = tuning.plan_for(input.device, bucket)
 
     def rows(self, k: int) -> slice:
         """Layer k's among the L * D."""
@@ -508,10 +508,14 @@ def _products(
                 db = da.sum(0)
                 dweights += [db[: cell.inputs * hidden].clone(), _rows(db, cell.biases, hidden)]
             if found.dh is not None:
-                q = (saved.gates[d, own, 3 * hidden : 4 * hidden] * torch.tanh(saved.c[d, own])).to(da.dtype)
-                dweights.append(found.dh[d, own].t() @ q)
+                assert cell.output_torch is not None
+                parameters = weights.vectors(cell, hidden).to(saved.c.dtype).unbind(0)
+                tiles = saved.gates[d, own].to(saved.c.dtype).unflatten(1, (-1, hidden))[:, : len(cell.saved)]
+                q = cell.output_torch(tiles.unbind(1), saved.c[d, own], parameters)
+                dweights.append(found.dh[d, own].t() @ q.to(da.dtype))
             if cell.parameters:
-                dweights += _of_parameters(cell, stack.bias, dgain, found.dparameters, d, da.dtype)
+                vectors = None if found.dparameters is None else found.dparameters[d]
+                dweights += parameter_gradients(cell, stack.bias, vectors, dgain, da.dtype)
     return dx, dweights
 
 
@@ -539,14 +543,6 @@ def _through_input_norm(layer: Layer, d: int, x: Tensor, da: Tensor) -> tuple[Te
         da.contiguous(), product, size, mean, factor, gain, None, [True, True, False]
     )
     return dproduct, dgain
-
-
-def _of_parameters(
-    cell: Cell, bias: bool, dgain: Tensor | None, vectors: Tensor | None, d: int, dtype: torch.dtype
-) -> list[Tensor]:
-    """The gradients of a direction's parameters that are there."""
-    own = iter([] if vectors is None else parameter_gradients(cell, vectors[d], bias))
-    return [(dgain if p.of_input else next(own)).to(dtype) for p in present(cell, bias)]  # type: ignore[union-attr]
 
 
 lstm_backward = torch.library.custom_op("lstm_triton::lstm_backward", backward, mutates_args=())

@@ -158,7 +158,7 @@ def choose_on_cpu(
     few = weights <= max(FUSED_WEIGHTS, min(block_b * FUSED_ROW_WEIGHTS, MOST_WEIGHTS))
     if lengths is not None:
         few = few and sum(lengths) >= tiles * FUSED_PROGRAM_ROWS
-    fused = size == hidden and cell.input_norm is None and few and tiles * weights <= FUSED_MOST_SUMS
+    fused = size == hidden and few and tiles * weights <= FUSED_MOST_SUMS
     return Plan("persistent", block_b, block_h, block_k, 1, fused=fused)
 
 

@@ -36,10 +36,10 @@ class Direction(NamedTuple):
         b_ih, b_hh, w_hr = (None if w is None else w.to(dtype) for w in others)
         return Direction(w_ih.to(dtype), w_hh.to(dtype), b_ih, b_hh, w_hr, tuple(w.to(dtype) for w in self.extra))
 
-    def vectors(self, cell: "Cell", hidden: int) -> Tensor | None:
+    def vectors(self, cell: "Cell", hidden: int) -> Tensor:
         """(P, H): the parameters that the cell's functions get; zeros stand for biases that aren't there."""
         if not cell.vectors:
-            return None
+            return self.w_hh.new_empty(0, hidden)
         given = dict(zip(present(cell, self.b_ih is not None), self.extra, strict=True))
         pieces = [given[p] if p in given else self.w_hh.new_zeros(p.vectors * hidden) for p in cell.own]
         return torch.cat(pieces).view(cell.vectors, hidden)
@@ -54,11 +54,20 @@ def present(cell: "Cell", bias: bool) -> list["Parameter"]:
     return [p for p in cell.parameters if bias or not p.bias]
 
 
-def parameter_gradients(cell: "Cell", vectors: Tensor, bias: bool) -> list[Tensor]:
-    """A direction's (P, H) gradients of what the cell's functions get as those of its parameters that are there."""
-    pieces = vectors.reshape(-1).split([p.vectors * vectors.size(1) for p in cell.own])
-    there = set(present(cell, bias))
-    return [x.clone() for p, x in zip(cell.own, pieces, strict=True) if p in there]  # operators return no views of one
+def parameter_gradients(
+    cell: "Cell", bias: bool, vectors: Tensor | None, dgain: Tensor | None, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """A direction's gradients of its parameters that are there.
+
+    Args:
+        vectors: (P, H) of what the cell's functions get.
+        dgain: (inputs * H,) of the gain of the input's layer norm.
+        dtype: of the result, where another is wanted.
+    """
+    pieces = [] if vectors is None else vectors.reshape(-1).split([p.vectors * vectors.size(1) for p in cell.own])
+    of = dict(zip(cell.own, pieces, strict=True))
+    found = [dgain if p.of_input else of[p].clone() for p in present(cell, bias)]  # operators return no views of one
+    return [x if dtype is None else x.to(dtype) for x in found if x is not None]
 
 
 class Zoneout(NamedTuple):

@@ -42,8 +42,7 @@ def layer(
     outputs, hn, cn = [], [], []
     for d, own in enumerate(by_direction(cell, weights, bias, hx.size(2) != hidden)):
         h, c = hx[d], cx[d]
-        vectors = own.vectors(cell, hidden)
-        parameters = () if vectors is None else vectors.unbind(0)
+        parameters = own.vectors(cell, hidden).unbind(0)
         zones = None if zoneout is None else zoneout.of_steps(d, 0, layout.steps, h)
         y: list[Tensor] = [h] * layout.steps
         for t in layout.order(reverse=d == 1):

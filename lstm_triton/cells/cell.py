@@ -16,6 +16,7 @@ what forward gets as c is the h before the step, in full precision, and what it 
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 
@@ -94,26 +95,26 @@ class Cell:
     def __reduce__(self) -> tuple[Any, ...]:
         return of, (self.name,)
 
-    @property
+    @cached_property
     def biases(self) -> tuple[int, ...]:
         return self.recurrent if self.biased is None else self.biased
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Tiles of H that a step has room for: its sums or, later, what it keeps."""
         return max(self.sums, len(self.saved))
 
-    @property
+    @cached_property
     def own(self) -> tuple[Parameter, ...]:
         """The parameters that the cell's functions get."""
         return tuple(p for p in self.parameters if not p.of_input)
 
-    @property
+    @cached_property
     def vectors(self) -> int:
         """Of H numbers, that the cell's functions get."""
         return sum(p.vectors for p in self.own)
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether each sum has a product with the input and one with h, and there is nothing more than weights."""
         all_sums = tuple(range(self.sums))
