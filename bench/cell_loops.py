@@ -9,15 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lstm_triton import TritonRNNBase
+
 Step = Callable[["Loop", Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Loop(nn.Module):
     """One layer of a cell, step by step; its parameters are copies of those of a Triton module of one layer."""
 
-    w_hh: Tensor
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor
+    bias_hh: Tensor
+    gain_ih: Tensor
+    gain_hh: Tensor
+    gain_c: Tensor
+    bias_c: Tensor
+    weight_ch: Tensor
+    w_hh: Tensor  # of a call
 
-    def __init__(self, module: nn.Module, step: Step) -> None:
+    def __init__(self, module: TritonRNNBase, step: Step) -> None:
         super().__init__()
         self.step, self.hidden = step, module.hidden_size
         for name, parameter in module.named_parameters():
