@@ -74,7 +74,13 @@ def of(layer: Layer) -> Plan:
     plan = _chosen(layer, planning.forced())
     if plan.strategy == "cooperative" and (layer.cell.whole_rows or not _folds(layer)):
         return _chosen(layer, "step")
-    return plan
+    draws = layer.dropout.seed is not None or (layer.zoneout is not None and layer.zoneout.seed is not None)
+    return _for_masks(plan) if draws else plan
+
+
+def _for_masks(plan: Plan) -> Plan:
+    """A plan under which masks can be drawn, so many units at a time; tiles of one for inference may have fewer."""
+    return replace(plan, block_h=max(plan.block_h, masks.PER_CALL))
 
 
 def _folds(layer: Layer) -> bool:
@@ -215,6 +221,8 @@ class Wavefront:
 
     def __init__(self, plan: Plan, layers: list[Layer], hx: Tensor, cx: Tensor, drops: Drops) -> None:
         first = layers[0]
+        if drops.seed is not None or drops.recurrent.seed is not None:
+            plan = _for_masks(plan)
         self.hx, self.cx, self.layers = hx, cx, layers
         self.whole = first._replace(hx=hx, cx=cx, dropout=drops.recurrent)
         self.launch = _kernels().Launch.of(plan, self.whole)

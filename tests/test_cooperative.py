@@ -237,6 +237,30 @@ def test_matrix_vector_form(
     assert_close(found, {"y": expected, "hn": hn64, "cn": cn64}, dtype)
 
 
+@pytest.mark.parametrize("strategy", ["cooperative", "wavefront"])
+@pytest.mark.parametrize(
+    "options",
+    [{"recurrent_dropout": 0.3}, {"dropout": 0.3}, {"peephole": True, "zoneout": (0.3, 0.2)}],
+    ids=["recurrent", "between", "zoneout"],
+)
+def test_masks_without_gradients(
+    options: dict[str, Any], strategy: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plans for inference, which may have fewer units in a tile than masks are drawn for at a time."""
+    choose = launching._chosen
+    monkeypatch.setattr(launching, "_chosen", lambda *given: replace(choose(*given), matvec=True, block_b=1, block_h=4))
+    ours = TritonLSTM(5, 33, 2, backend="triton", **options).to(device)
+    eager = TritonLSTM(5, 33, 2, backend="eager", **options).to(device)
+    eager.load_state_dict(ours.state_dict())
+    x = torch.randn(7, 1, 5, device=device)
+    found = []
+    for module in (ours, eager):
+        torch.manual_seed(3)
+        with torch.no_grad(), planning.force(strategy):
+            found.append(module(x)[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_same_bits_each_time(threads: int, device: torch.device) -> None:
     """Nothing depends on which program comes first: no atomics on floats."""
