@@ -10,7 +10,7 @@ from lstm_triton.gpu import gpus, report
 _USAGE = """usage: python -m lstm_triton COMMAND [OPTIONS]
 
 commands:
-  plan    how an LSTM would run on a GPU, which need not be there, and what a time step is predicted to take
+  plan    how a layer would run on a GPU, which need not be there, and what a time step is predicted to take
   doctor  what this machine has, and whether the kernels are right on it
 
 `python -m lstm_triton COMMAND --help` tells more."""
@@ -28,11 +28,12 @@ def plan(arguments: list[str]) -> int:
     """`python -m lstm_triton plan`."""
     parser = _Parser(
         prog="python -m lstm_triton plan",
-        description="How an LSTM would run on a GPU, which need not be there, by the kernels of lstm_triton, and what "
-        "a time step is predicted to take, term by term. Nothing is measured.",
+        description="How an LSTM, or another cell, would run on a GPU, which need not be there, by the kernels of "
+        "lstm_triton, and what a time step is predicted to take, term by term. Nothing is measured.",
         epilog="example: python -m lstm_triton plan --gpu h100 --hidden 1024 --batch 32 --dtype bf16",
     )
     parser.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(gpus.GPUS)} (default: the one that is there)")
+    parser.add_argument("--cell", default="lstm", metavar="NAME", help="such as gru, lstm-norm (default: %(default)s)")
     parser.add_argument("--hidden", type=int, required=True, metavar="H", help="hidden_size")
     parser.add_argument("--batch", type=int, required=True, metavar="B")
     parser.add_argument("--input", type=int, metavar="I", help="input_size (default: H)")

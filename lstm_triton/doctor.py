@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lstm_triton
-from lstm_triton import TritonLSTM, dispatch, planning
+from lstm_triton import TritonLSTM, cells, dispatch, planning
 from lstm_triton.cpu import build
 from lstm_triton.gpu import kept, qualification, tuning
 from lstm_triton.tolerances import DTYPES, TOLERANCES, precision
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     """Prints what there is and whether it works.
 
     Args:
-        argv: "--qualify" to check all kernels now, "--help".
+        argv: "--qualify" to check all kernels now, "--cells" with the names of cells, "--help".
 
     Returns:
         0 if all that should work here does, else 1.
@@ -42,16 +42,34 @@ def main(argv: Sequence[str]) -> int:
         help="check the kernels of all strategies and dtypes against float64, on each GPU or, where there is none, "
         "natively on the CPU: minutes, as they compile",
     )
-    qualify = parser.parse_args(argv).qualify
+    parser.add_argument(
+        "--cells",
+        type=_cells,
+        default=["lstm"],
+        metavar="NAMES",
+        help="whose kernels are listed and checked, such as gru,rnn-tanh,lstm-norm (default: lstm)",
+    )
+    options = parser.parse_args(argv)
     devices = [torch.device("cuda", k) for k in range(torch.cuda.device_count())] or [CPU]
     _print("versions", _versions())
     _print("devices", _devices(devices))
     _print("C compiler, for kernels on the CPU", _compiler())
     works = [_backends(device) for device in dict.fromkeys([*devices, CPU])]
-    works += [_kernels(device, qualify) for device in devices]
+    works += [_kernels(device, cell, options.qualify) for device in devices for cell in options.cells]
     _print("cache", _cache(devices))
     print("\nall that should work here does" if all(works) else "\nnot all that should work here does")
     return 0 if all(works) else 1
+
+
+def _cells(text: str) -> list[str]:
+    """Names of cells, with commas between."""
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        try:
+            cells.of(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return names
 
 
 def _print(title: str, lines: Iterator[str]) -> None:
@@ -130,9 +148,10 @@ def _error(backend: str, device: torch.device) -> str:
     return ""
 
 
-def _kernels(device: torch.device, qualify: bool) -> bool:
-    """Prints which kernels were checked; whether none failed."""
-    print(f"\nkernels on {device}, checked against float64" + ("" if qualify else " (--qualify checks them now)"))
+def _kernels(device: torch.device, cell: str, qualify: bool) -> bool:
+    """Prints which of a cell's kernels were checked; whether none failed."""
+    of = "" if cell == "lstm" else f" for {cell}"
+    print(f"\nkernels on {device}{of}, checked against float64" + ("" if qualify else " (--qualify checks them now)"))
     if not dispatch.has_triton() or (device == CPU and not build.has_compiler()):
         print("  none can run")
         return True
@@ -140,10 +159,12 @@ def _kernels(device: torch.device, qualify: bool) -> bool:
     print(f"  {'':22}" + "".join(f"{name:>14}" for name in names))
     reasons = []
     for strategy, projected in WAYS:
+        if not qualification.cases(strategy, projected, cell):
+            continue  # it has no such kernels
         title = f"{strategy}, projected" if projected else strategy
         print(f"  {title:22}", end="", flush=True)
         for name in names:
-            about = strategy, name, projected, device
+            about = strategy, name, projected, device, cell
             state = qualification.qualify(*about) if qualify else qualification.state(*about) or "not run"
             print(f"{state.partition(':')[0]:>14}", end="", flush=True)
             if state.startswith("failed"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lstm_triton
-from lstm_triton import launching, planning
+from lstm_triton import cells, launching, planning
 from lstm_triton.__main__ import main
 from lstm_triton.gpu import gpus, model, others, report, tiling
 from lstm_triton.gpu.model import Work
@@ -148,16 +148,18 @@ def test_layers_on_a_gpu_get_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpus, "of", lambda device: gpus.named("a100"))
     states = torch.zeros(2, 16, 256)
 
-    def plan(dtype: torch.dtype) -> Plan:
+    def plan(dtype: torch.dtype, cell: str = "lstm") -> Plan:
         input = SimpleNamespace(is_cuda=True, size=lambda k: 40, dtype=dtype, device=torch.device("cuda"))
         dropout = SimpleNamespace(mask=None, seed=None)
         layer: Any = SimpleNamespace(
-            input=input, hx=states, cx=states, directions=[None, None], dropout=dropout, records=True, plan=None
-        )
+            input=input, hx=states, cx=states, directions=[None, None], dropout=dropout, records=True, plan=None,
+            cell=cells.of(cell), zoneout=None,
+        )  # fmt: skip
         return launching.of(layer)
 
     call = Work(16, 256, 256, 40, 1024, HALF, directions=2)
     assert plan(HALF) == tiling.choose(gpus.named("a100"), call)
+    assert plan(HALF, "rnn-tanh") == tiling.choose(gpus.named("a100"), replace(call, cell=cells.of("rnn-tanh")))
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         assert plan(torch.float32).strategy == "step"
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
@@ -232,6 +234,8 @@ def test_unknown_gpus_have_plans(major: int, minor: int, like: str) -> None:
         ({"bidirectional": 1}, "bidirectional should be True or False, got 1"),
         ({"training": None}, "training should be True or False, got None"),
         ({"tf32": "no"}, "tf32 should be True, False or None, got 'no'"),
+        ({"cell": "grue"}, "no cell is registered as 'grue'; known: gru, lstm, "),
+        ({"cell": "gru", "proj": 3}, "proj should be 0 for the cell 'gru', which has no state but h, got 3"),
     ],
 )
 def test_errors_name_the_argument(wrong: dict[str, Any], message: str) -> None:
@@ -269,6 +273,106 @@ def test_reports_read_well() -> None:
             assert ours[0].plan == found.plan
 
 
+# Cells other than the LSTM
+
+CELLS = ("gru", "rnn-tanh", "rnn-relu", "lstm-coupled", "lstm-carousel", "lstm-peephole")
+NORMED = ("lstm-norm", "lstm-coupled-norm", "lstm-carousel-norm")
+
+
+@pytest.mark.parametrize("cell", [*CELLS, *NORMED])
+@pytest.mark.parametrize("name", ["a100", "l4", "h100", "mi300x"])
+def test_cells_have_plans_that_fit(cell: str, name: str) -> None:
+    gpu, taken = gpus.named(name), set()
+    for hidden, batch, training, zoneout in itertools.product(
+        (32, 128, 300, 1024), (1, 32, 1024), (True, False), (0, 1)
+    ):
+        of = cells.of(cell)
+        call = work(batch, hidden, training=training, cell=of, zoneout=bool(zoneout) and of.carries)
+        found = tiling.candidates(gpu, call)
+        taken |= {plan.strategy for plan in found}
+        for plan in found:
+            units, tiles, _ = tiling.programs(plan, call)
+            assert plan.block_b * tiles >= batch and plan.block_h * units >= hidden
+            assert not of.whole_rows or plan.block_h >= hidden
+            shared = [tiling.shared_bytes(plan, call, backward) for backward in {False, training}]
+            assert max(shared) <= gpu.limits.shared_per_program
+            assert all(time(gpu, plan, call, backward) > 0 for backward in {False, training})
+        assert found or of.whole_rows
+    assert taken == ({"persistent", "step"} if cell in NORMED else set(planning.STRATEGIES))
+
+
+def test_weights_of_cells() -> None:
+    """As many products as the cell has; in `cooperative` forward's lie side by side, padded to a power of two."""
+    h100 = gpus.named("h100")
+    persistent, cooperative = Plan("persistent", 16, 64, 64, 4), Plan("cooperative", 16, 8, 512, 4, slices=4)
+    for cell, products, columns in (("rnn-tanh", 1, 1), ("gru", 3, 4), ("lstm-coupled", 3, 4), ("lstm", 4, 4)):
+        small, large = (work(16, hidden, cell=cells.of(cell)) for hidden in (64, 512))
+        assert tiling.weight_bytes(persistent, small) == products * 64 * 64 * 2
+        assert tiling.weight_bytes(cooperative, large) == columns * 8 * 512 * 2
+        assert tiling.weight_bytes(cooperative, large, True) == products * 8 * 512 * 2
+        step = tiling.choose(h100, large, strategy="step")
+        assert tiling.shared_bytes(step, large) >= step.num_stages * (products * step.block_h) * step.block_k * 2
+
+
+def test_fewer_products_take_less_time() -> None:
+    h100 = gpus.named("h100")
+    for strategy in planning.STRATEGIES:
+        for backward in (False, True):
+            rnn, gru, lstm = (work(32, 128, cell=cells.of(cell)) for cell in ("rnn-tanh", "gru", "lstm"))
+            plan = tiling.choose(h100, lstm, strategy=strategy)
+            times = [model.predict(h100, plan, call, backward).terms for call in (rnn, gru, lstm)]
+            assert times[0]["GEMMs"] < times[1]["GEMMs"] < times[2]["GEMMs"]
+            assert times[0]["pointwise"] <= times[1]["pointwise"] <= times[2]["pointwise"]
+    assert time(h100, Plan("persistent", 16, 128, 128, 8), gru) < time(h100, Plan("persistent", 16, 128, 128, 8), lstm)
+
+
+def test_cells_that_look_at_whole_rows() -> None:
+    """They have all units of a row in a program, where its threads have registers for them."""
+    h100, norm = gpus.named("h100"), cells.of("lstm-norm")
+    assert tiling.choose(h100, work(32, 128, cell=norm)).strategy == "persistent"
+    full = tiling.choose(h100, work(32, 100, torch.float32, precision="tf32", cell=norm))
+    assert (full.strategy, full.block_b, full.block_h) == ("step", 16, 128)
+    assert not tiling.candidates(h100, work(32, 256, cell=norm))  # which spills
+    assert tiling.candidates(h100, work(32, 256, cell=norm, training=False))
+    assert not tiling.candidates(h100, work(32, 1024, cell=norm, training=False))
+    assert "whole rows" in tiling.why_not(h100, work(32, 64, cell=norm), 1, "cooperative")
+    with pytest.raises(ValueError, match="no kernel for the cell 'lstm-norm' has room on h100 with H=512: .*registers"):
+        lstm_triton.plan(batch=8, hidden=512, dtype=HALF, gpu="h100", cell="lstm-norm")
+
+
+def test_wavefronts_of_cells() -> None:
+    """Layers of plain cells alone share a launch."""
+    h100 = gpus.named("h100")
+    for cell, runs in (("gru", False), ("lstm-peephole", False), ("lstm-norm", False), ("rnn-tanh", True)):
+        assert bool(tiling.wavefront(h100, work(16, 128, cell=cells.of(cell)), 3)) == runs
+    assert tiling.wavefront(h100, work(16, 128, zoneout=True), 3) is None
+
+
+def test_projections_that_are_not_folded() -> None:
+    """`cooperative` folds them into the recurrent weights, which is for sums that all begin with an input's product."""
+    h100, peephole, norm = gpus.named("h100"), cells.of("lstm-peephole"), cells.of("lstm-norm")
+    for cell, folds in ((peephole, True), (norm, False)):
+        call = replace(work(16, 512, cell=cell), size=128)
+        assert bool(tiling.candidates(h100, call, 1, "cooperative")) == folds
+
+
+def test_operators_of_cells() -> None:
+    h100 = gpus.named("h100")
+    for cell, name in (("gru", "nn.GRU (cuDNN, standard)"), ("rnn-relu", "nn.RNN (cuDNN, persistent)")):
+        found = lstm_triton.plan(batch=16, hidden=768, dtype="fp16", gpu="h100", cell=cell)
+        assert name in [way.name for way in found.alternatives] and f"call: cell {cell}, H=768" in str(found)
+    for cell in ("lstm-peephole", "lstm-norm"):
+        assert others.predict_operator(h100, work(16, 64, cell=cells.of(cell))) == (None, None)
+        found = lstm_triton.plan(batch=16, hidden=64, dtype="fp16", gpu="h100", cell=cell)
+        assert all(way.name.startswith(planning.STRATEGIES) for way in found.alternatives)
+    assert others.predict_operator(h100, work(16, 64, zoneout=True)) == (None, None)
+    assert others.cudnn_algorithm(h100, work(3, 384, cell=cells.of("rnn-tanh"))) == "small"
+    assert others.cudnn_algorithm(h100, work(3, 257, cell=cells.of("rnn-tanh")), backward=True) == "standard"
+    half = work(96, 896, torch.float16, cell=cells.of("rnn-tanh"))
+    assert others.cudnn_algorithm(h100, half) == "standard"
+    assert others.cudnn_algorithm(h100, replace(half, batch=88)) == "persistent"
+
+
 def test_products_of_layers_and_directions_count() -> None:
     arguments: dict[str, Any] = {"batch": 16, "hidden": 768, "dtype": "bf16", "gpu": "h100"}
     one, two = lstm_triton.plan(**arguments), lstm_triton.plan(**arguments, layers=2)
@@ -283,6 +387,8 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("call: H=1024, I=1024, B=32, T=1024, bf16, training\nGPU:  h100")
     assert main(["plan", "--gpu=l4", "--hidden=64", "--batch=1", "--inference", "--no-tf32", "--input=3"]) == 0
     assert "I=3, B=1, T=1024, fp32 (no TF32), inference" in capsys.readouterr().out
+    assert main(["plan", "--gpu=l4", "--hidden=64", "--batch=2", "--cell=gru", "--tf32"]) == 0
+    assert "nn.GRU (cuDNN, small)" in capsys.readouterr().out
     assert main(["--help"]) == 0 and "doctor" in capsys.readouterr().out
 
 
@@ -292,6 +398,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "--gpu", "h9", "--hidden", "8", "--batch", "2"], "gpu should be one of a100, "),
         (["plan", "--gpu", "l4", "--hidden", "8", "--batch", "0"], "batch should be an integer of at least 1, got 0"),
         (["plan", "--gpu", "l4", "--hidden", "x", "--batch", "2"], "argument --hidden: invalid int value: 'x'"),
+        (["plan", "--gpu", "l4", "--hidden", "8", "--batch", "2", "--cell", "x"], "no cell is registered as 'x'"),
         (["plan", "--gpu", "l4", "--batch", "2"], "the following arguments are required: --hidden"),
         (["plan", "--gpu", "l4", "--hidden", "8", "--batch", "2", "--tf32", "--no-tf32"], "not allowed with"),
         (["draw"], "the command should be plan or doctor, got 'draw'"),

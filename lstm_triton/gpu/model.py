@@ -16,11 +16,14 @@ it is, and misses what launches cost Haste by more than half:
 | Haste, fp32, two launches a step | 18 / 25 | 7.2 / 10.0 |
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from lstm_triton import cells
+from lstm_triton.cells import Cell
 from lstm_triton.gpu.gpus import Gpu
 from lstm_triton.planning import MOST_INNER
 
@@ -69,7 +72,8 @@ SPECIAL_PER_CLOCK = 16  # exponentials and reciprocals of a multiprocessor: CUDA
 FMA_PER_CLOCK = 128  # float32, of a multiprocessor: CUDA C++ Programming Guide, sm_86 and newer; sm_80 half of it
 SYNC_CYCLES = 30  # all warps of a program meet: assumed, as of 2026
 CELL_CYCLES = {"forward": 250, "backward": 200}  # latency of a cell's chain of operations: assumed, as of 2026
-CELL_SPECIALS = {"forward": 10, "backward": 2}  # exponentials and reciprocals of a cell: five functions, tanh(c)
+FUNCTION_SPECIALS = 2  # of sigmoid or tanh: an exponential and a reciprocal
+ROW_SUMS = 4  # of a cell that looks at whole rows, one after the other: those of two layer norms, mean and variance
 LAUNCH_US = 20  # of Triton's launcher, in Python: assumed, as of 2026
 OPERATOR_LAUNCH_US = 2.5  # of a kernel by cuDNN, in C++: assumed, as of 2026
 GEMM_EFFICIENCY = 0.8  # of what `Gpu.tensor_flops` allows: assumed, as of 2026
@@ -104,10 +108,41 @@ class Work:
     directions: int = 1
     precision: str = "ieee"  # of float32 products: "tf32" or "ieee"
     training: bool = True  # whether forward keeps what backward needs
+    cell: Cell = field(default_factory=partial(cells.of, "lstm"))
+    zoneout: bool = False  # whether there is any
 
     @property
     def tensor_cores(self) -> bool:
         return self.dtype.itemsize == 2 or (self.dtype == torch.float32 and self.precision == "tf32")
+
+    @property
+    def has_operator(self) -> bool:
+        """Whether PyTorch has one for such layers."""
+        return self.cell.operator is not None and not self.zoneout
+
+    @property
+    def products(self) -> int:
+        """Of h, in a step: matrices (H, K) of weights, an LSTM's four gates."""
+        return len(self.cell.recurrent)
+
+    @property
+    def columns(self) -> int:
+        """Of a product for each hidden unit in `cooperative`, which lie side by side: a power of two."""
+        return 1 << (self.products - 1).bit_length()
+
+    @property
+    def kept(self) -> int:
+        """Tiles of H that a step keeps for backward, beside c."""
+        return len(self.cell.saved) + self.zoneout
+
+    def specials(self, backward: bool) -> int:
+        """Exponentials and reciprocals for a unit, assumed: a function of each sum that the input is in, and of c."""
+        of_c = int(self.cell.carries)
+        return FUNCTION_SPECIALS * (of_c if backward else self.cell.inputs + of_c)
+
+    def row_sums(self) -> int:
+        """Cycles of the cell's sums over all units of a row: in a warp, through shared memory, in a warp again."""
+        return ROW_SUMS * (2 * SHARED_CYCLES + SYNC_CYCLES) if self.cell.whole_rows else 0
 
 
 @dataclass(frozen=True)
@@ -178,17 +213,17 @@ def family(gpu: Gpu) -> str:
 
 def with_surroundings(gpu: Gpu, terms: dict[str, float], work: Work, backward: bool, layers: int) -> dict[str, float]:
     """The terms with the GEMMs around the loop, and the time that memory takes beyond all of them."""
-    gates = 4 * work.hidden * work.directions
-    products = work.features * (layers if backward else 1)  # forward multiplies a wavefront's inner inputs in the loop
-    if backward:
-        products = 2 * products + work.size * layers  # gradients of input, weight_ih and weight_hh
+    cell, units, item = work.cell, work.batch * work.hidden * work.directions, work.dtype.itemsize
+    products = cell.inputs * work.features  # of a unit; forward multiplies a wavefront's inner inputs in the loop
+    if backward:  # gradients of input, weight_ih and weight_hh
+        products = (2 * products + work.products * work.size) * layers
     peak = flops_per_clock(gpu, work) * gpu.sms * gpu.clock_ghz * 1e3 * GEMM_EFFICIENCY  # a µs
-    terms["GEMMs"] = 2 * work.batch * gates * products / peak
-    cells, item = work.batch * work.hidden * work.directions * layers, work.dtype.itemsize
-    numbers = 5 * item + (4 * item + 4 if work.training else 0)  # forward: a in, h out, gates and c
-    if backward:
-        numbers = 8 * item + 4 + 2 * item  # gates in, their gradients out, c, the output's gradient, h
-    memory = cells * numbers / (gpu.memory_gbs * 1e3)
+    terms["GEMMs"] = 2 * units * products / peak
+    # Forward: the input's products in, h out, what is kept and c.
+    numbers = (cell.inputs + 1) * item + (work.kept * item + 4 if work.training else 0)
+    if backward:  # what was kept, the sums' gradients out, c, the output's gradient, h
+        numbers = (work.kept + cell.sums) * item + 4 + 2 * item
+    memory = units * layers * numbers / (gpu.memory_gbs * 1e3)
     terms["memory"] = max(0.0, memory - sum(terms.values()))
     return {name: value for name, value in terms.items() if value > 0}
 
@@ -226,28 +261,27 @@ def product_cycles(gpu: Gpu, work: Work, rows: int, inner: int, columns: int, sl
 def _cooperative(gpu: Gpu, plan: "Plan", work: Work, backward: bool) -> dict[str, float]:
     """Cycles of a step's terms, but for the barrier."""
     item, rows = work.dtype.itemsize, plan.block_b
-    gates = work.hidden * 4
-    inner, columns, padded = work.hidden, 4 * plan.block_h, plan.block_k
+    products = work.products
+    inner, columns, padded = work.hidden, work.columns * plan.block_h, plan.block_k
     if backward:
-        inner, columns, padded = gates, plan.block_h, 4 * plan.block_k
+        inner, columns, padded = products * work.hidden, plan.block_h, products * plan.block_k
     sources = 1 if plan.layers == 1 else 2  # h and, in a wavefront, what the layer before has of it
     programs = -(-work.hidden // plan.block_h) * -(-work.batch // rows) * work.directions * plan.layers
     crowd = -(-programs // gpu.sms)  # programs of a multiprocessor, which share its paths
     live = min(rows, work.batch)
     left, right = live * inner * item * sources, columns * padded * item * sources
     cells = rows * plan.block_h * crowd
-    way = "backward" if backward else "forward"
     terms = {
         "publish": gpu.l2.cycles,
         "h from L2": gpu.l2.cycles + crowd * left / l2_rate(gpu, programs),
-        "pointwise": CELL_CYCLES[way] + cells * CELL_SPECIALS[way] / SPECIAL_PER_CLOCK,
+        "pointwise": _pointwise(work, backward, cells),
     }
     if plan.matvec:
         # Weights are in registers; each row is brought to all warps, and what they have of the sum is added up.
         row = inner * columns / FMA_PER_CLOCK + 2 * (SYNC_CYCLES + SHARED_CYCLES) + 100
         return terms | {"arithmetic": rows * sources * crowd * row}
-    # In backward the rows go through shared memory gate by gate, block by block.
-    blocks = (4 if plan.block_k <= MOST_INNER else 8) * sources if backward else 1
+    # In backward the rows go through shared memory product by product, block by block.
+    blocks = products * (1 if plan.block_k <= MOST_INNER else 2) * sources if backward else 1
     groups = max(1, min(plan.num_warps // plan.slices, columns // 8))  # of warps, each of which reads all rows
     reads = (rows * padded * item * sources * groups + right * max(1, rows // 64)) * crowd / SHARED_BYTES_PER_CLOCK
     arithmetic = sources * crowd * product_cycles(gpu, work, rows, padded, columns, plan.slices, plan.num_warps)
@@ -263,37 +297,37 @@ def _persistent(gpu: Gpu, plan: "Plan", work: Work, backward: bool) -> dict[str,
     item, rows = work.dtype.itemsize, plan.block_b
     programs = -(-work.batch // rows) * work.directions
     crowd = -(-programs // gpu.sms)
-    way = "backward" if backward else "forward"
-    left = rows * (4 * plan.block_h if backward else plan.block_k) * item
+    summed = work.products * plan.block_h
+    left = rows * (summed if backward else plan.block_k) * item
     if backward:
-        product = product_cycles(gpu, work, rows, 4 * plan.block_h, plan.block_k, 1, plan.num_warps)
+        product = product_cycles(gpu, work, rows, summed, plan.block_k, 1, plan.num_warps)
     else:
-        product = product_cycles(gpu, work, rows, plan.block_k, 4 * plan.block_h, 1, plan.num_warps)
+        product = product_cycles(gpu, work, rows, plan.block_k, summed, 1, plan.num_warps)
     if work.size != work.hidden:
         product += product_cycles(gpu, work, rows, plan.block_h, plan.block_k, 1, plan.num_warps)
-    weights = 0 if item == 2 else 4 * plan.block_h * plan.block_k * item  # of 16 bits they are in registers
+    weights = 0 if item == 2 else summed * plan.block_k * item  # of 16 bits they are in registers
     reads = (left * (1 + plan.num_warps) + weights) / SHARED_BYTES_PER_CLOCK
     return {
         "input": MEMORY_CYCLES,
         "arithmetic": crowd * product + 2 * (SHARED_CYCLES + SYNC_CYCLES),
         "weights": max(0.0, crowd * (reads - product)),
-        "pointwise": CELL_CYCLES[way] + crowd * rows * plan.block_h * CELL_SPECIALS[way] / SPECIAL_PER_CLOCK,
+        "pointwise": _pointwise(work, backward, crowd * rows * plan.block_h),
     }
 
 
 def _step(gpu: Gpu, plan: "Plan", work: Work, backward: bool) -> dict[str, float]:
     """A launch's: tiles of all weights from L2, or memory where they don't fit there."""
     item, rows = work.dtype.itemsize, plan.block_b
-    inner, columns, units = (4 * work.hidden, plan.block_h, work.size) if backward else (
-        work.size, 4 * plan.block_h, work.hidden
+    products = work.products
+    inner, columns, units = (products * work.hidden, plan.block_h, work.size) if backward else (
+        work.size, products * plan.block_h, work.hidden
     )  # fmt: skip
     programs = -(-work.batch // rows) * -(-units // plan.block_h) * work.directions
     crowd, rounds = -(-programs // gpu.sms), -(-inner // plan.block_k)
-    held = min(crowd, max(1, gpu.programs_per_sm(_step_bytes(plan, item), plan.num_warps, 128)))
+    held = min(crowd, max(1, gpu.programs_per_sm(step_bytes(plan, work), plan.num_warps, 128)))
     loaded = (rows + columns) * rounds * plan.block_k * item
-    way = "backward" if backward else "forward"
     waves = -(-crowd // held)
-    weights = 4 * work.hidden * work.size * item * work.directions
+    weights = products * work.hidden * work.size * item * work.directions
     l2 = waves * rounds * gpu.l2.cycles / (plan.num_stages - 1) + crowd * loaded / l2_rate(gpu, programs)
     if weights > gpu.l2_mib * 2**20:
         l2 = max(l2, weights / (gpu.memory_gbs / gpu.clock_ghz))
@@ -301,11 +335,18 @@ def _step(gpu: Gpu, plan: "Plan", work: Work, backward: bool) -> dict[str, float
     return {
         "weights from L2": l2,
         "arithmetic": max(0.0, product - l2) + SHARED_CYCLES + SYNC_CYCLES,
-        "pointwise": CELL_CYCLES[way] + crowd * rows * plan.block_h * CELL_SPECIALS[way] / SPECIAL_PER_CLOCK,
+        "pointwise": _pointwise(work, backward, crowd * rows * plan.block_h),
         "input": waves * MEMORY_CYCLES,
     }
 
 
-def _step_bytes(plan: "Plan", item: int) -> int:
+def step_bytes(plan: "Plan", work: Work) -> int:
     """Shared memory of a program of `step`: its operands, as many times as there are stages."""
-    return plan.num_stages * (plan.block_b + 4 * plan.block_h) * plan.block_k * item
+    rows = plan.block_b + work.products * plan.block_h
+    return plan.num_stages * rows * plan.block_k * work.dtype.itemsize
+
+
+def _pointwise(work: Work, backward: bool, count: int) -> float:
+    """Cycles of a cell's operations on so many hidden units of rows."""
+    latency = CELL_CYCLES["backward" if backward else "forward"] + work.row_sums()
+    return latency + count * work.specials(backward) / SPECIAL_PER_CLOCK

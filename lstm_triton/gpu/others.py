@@ -1,9 +1,9 @@
 """What PyTorch's operator does on a GPU, predicted, and what others have measured of LSTMs.
 
-`nn.LSTM` on NVIDIA GPUs is cuDNN's, of which PyTorch picks one of three algorithms
+`nn.LSTM`, `nn.GRU` and `nn.RNN` on NVIDIA GPUs are cuDNN's, of which PyTorch picks one of three algorithms
 (aten/src/ATen/native/cudnn/RNN.cpp): one that is persistent as ours, one for few hidden units, and the standard one, a
 GEMM and a pointwise kernel a step. How they do it isn't public; the times here are those of the same work by the same
-constants as in `lstm_triton.gpu.model`.
+constants as in `lstm_triton.gpu.model`. Of GRU and RNN nothing was published to compare them with.
 """
 
 from dataclasses import replace
@@ -25,8 +25,8 @@ from lstm_triton.gpu.model import (
 )
 from lstm_triton.planning import Plan
 
-# H from which on cuDNN has no kernel for few hidden units, forward and backward.
-SMALL_FORWARD, SMALL_BACKWARD = 192, 128
+# By the start of an operator's name: the most hidden units that PyTorch has for few of them, forward and backward.
+SMALL = {"lstm": (192, 128), "gru": (192, 128), "rnn": (384, 256)}
 
 
 class Published(NamedTuple):
@@ -55,19 +55,24 @@ def cudnn_algorithm(gpu: Gpu, work: Work, layers: int = 1, backward: bool = Fals
     """Which of cuDNN's algorithms PyTorch takes for a padded batch: "persistent", "small" or "standard"."""
     if work.size != work.hidden:
         return "standard"
+    mode = (work.cell.operator or "lstm").partition("_")[0]
     half, single = work.dtype == torch.float16, layers == work.directions == 1
     sizes = work.hidden <= 1024 and work.hidden % 128 == work.features % 128 == 0
     wide = gpu.target != "sm_86" and gpu.sms >= 98
-    if half and single and sizes and wide and work.batch % 8 == 0 and work.batch <= 128:
+    poor = mode == "gru" or (mode == "rnn" and work.batch >= 96 and work.hidden >= 896)
+    if half and single and sizes and wide and work.batch % 8 == 0 and work.batch <= 128 and not poor:
         return "persistent"
-    return "small" if work.hidden <= (SMALL_BACKWARD if backward else SMALL_FORWARD) else "standard"
+    return "small" if work.hidden <= SMALL[mode][backward] else "standard"
 
 
 def predict_operator(
     gpu: Gpu, work: Work, layers: int = 1, backward: bool = False
 ) -> tuple[str, Prediction] | tuple[None, None]:
-    """The algorithm of PyTorch's operator and a layer's time step by it; None on AMD GPUs, whose MIOpen isn't known."""
-    if not gpu.is_nvidia:
+    """The algorithm of PyTorch's operator and a layer's time step by it.
+
+    None on AMD GPUs, whose MIOpen isn't known, and where PyTorch has no operator.
+    """
+    if not gpu.is_nvidia or not work.has_operator:
         return None, None
     algorithm = cudnn_algorithm(gpu, work, layers, backward)
     if algorithm == "standard":
@@ -89,12 +94,13 @@ def predict_operator(
 def two_launches(gpu: Gpu, work: Work, backward: bool = False, launch_us: float = OPERATOR_LAUNCH_US) -> Prediction:
     """A step as a GEMM, which reads all weights, and a pointwise kernel: cuDNN's standard algorithm, Haste."""
     item, rows = work.dtype.itemsize, -(-work.batch // 16) * 16
-    weights = 4 * work.hidden * work.size * item * work.directions
+    numbers = work.products * work.hidden * work.size * work.directions
+    weights = numbers * item
     clock = gpu.clock_ghz * 1e3
     from_l2 = weights / (l2_rate(gpu, gpu.sms) * gpu.sms)
     if weights > gpu.l2_mib * 2**20:
         from_l2 = weights / (gpu.memory_gbs / gpu.clock_ghz)
-    parts = -(-4 * work.hidden * work.size * work.directions // gpu.sms)
+    parts = -(-numbers // gpu.sms)
     terms = {
         "weights from L2": (3 * gpu.l2.cycles + from_l2) / clock,
         "arithmetic": product_cycles(gpu, work, rows, 64, -(-parts // 64), 1, 8) / clock,

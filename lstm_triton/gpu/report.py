@@ -1,10 +1,11 @@
-"""`lstm_triton.plan`: how an LSTM would run on a GPU, which need not be there, and what it is predicted to take."""
+"""`lstm_triton.plan`: how a layer would run on a GPU, which need not be there, and what it is predicted to take."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from lstm_triton import cells
 from lstm_triton.gpu import gpus, others, tiling
 from lstm_triton.gpu.gpus import KIB, Gpu
 from lstm_triton.gpu.model import Prediction, Work, predict
@@ -33,7 +34,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Planned:
-    """How an LSTM would run on a GPU. All times are *predicted*, by `lstm_triton.gpu.model`; `str` is a table."""
+    """How a call would run on a GPU. All times are *predicted*, by `lstm_triton.gpu.model`; `str` is a table."""
 
     gpu: Gpu
     work: Work  # the first layer's
@@ -57,7 +58,8 @@ class Planned:
         work, gpu = self.work, self.gpu
         name = next(name for name, dtype in DTYPES.items() if dtype == work.dtype)
         tf32 = f" ({'TF32' if work.precision == 'tf32' else 'no TF32'})" if name == "fp32" else ""
-        sizes = [f"H={work.hidden}", f"I={work.features}", f"B={work.batch}", f"T={work.steps}", f"{name}{tf32}"]
+        sizes = [f"cell {work.cell.name}"] * (work.cell is not cells.of("lstm"))
+        sizes += [f"H={work.hidden}", f"I={work.features}", f"B={work.batch}", f"T={work.steps}", f"{name}{tf32}"]
         sizes += [f"K={work.size}"] if work.size != work.hidden else []
         sizes += [f"{self.layers} layers"] if self.layers > 1 else []
         sizes += ["bidirectional"] if work.directions == 2 else []
@@ -126,8 +128,10 @@ def plan(
     steps: int = 1024,
     training: bool = True,
     tf32: bool | None = None,
+    cell: str = "lstm",
 ) -> Planned:
-    """How an LSTM runs on a GPU by this project's kernels, and what a time step is predicted to take.
+    """How an LSTM, or layers of another cell, run on a GPU by this project's kernels, and what a time step is predicted
+    to take.
 
     Args:
         batch: B.
@@ -141,10 +145,11 @@ def plan(
         steps: T.
         training: whether backward follows.
         tf32: whether products of float32 may be made as TF32; None: as PyTorch's setting for RNNs has it.
+        cell: the name of a `lstm_triton.cells.Cell`, such as "gru", "rnn-tanh" or "lstm-norm".
 
     Raises:
-        TypeError, ValueError, RuntimeError: an argument has the wrong type or value, or there is no GPU; the message
-            names it, what was given and what is accepted.
+        TypeError, ValueError, RuntimeError: an argument has the wrong type or value, there is no GPU, or no kernel has
+            room there; the message names it, what was given and what is accepted.
     """
     for name, value in (("batch", batch), ("hidden", hidden), ("layers", layers), ("steps", steps)):
         _check_count(name, value, 1)
@@ -161,10 +166,13 @@ def plan(
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
         raise ValueError(f"dtype should be one of {', '.join(DTYPES)} or such a torch.dtype, got {dtype!r}")
+    found = cells.of(cell)
+    if proj and not found.carries:
+        raise ValueError(f"proj should be 0 for the cell {cell!r}, which has no state but h, got {proj}")
     precision = rnn_precision(torch.device("cuda")) if tf32 is None else "tf32" if tf32 else "ieee"
     work = Work(
         batch, hidden, proj or hidden, input or hidden, steps, chosen, 1 + bidirectional,
-        precision if chosen == torch.float32 else "ieee", training,
+        precision if chosen == torch.float32 else "ieee", training, found,
     )  # fmt: skip
     return _planned(_gpu(gpu), work, layers)
 
@@ -186,18 +194,29 @@ def _gpu(gpu: str | Gpu | None) -> Gpu:
     return gpus.of()
 
 
-def _planned(gpu: Gpu, work: Work, layers: int) -> Planned:
+def alternatives(gpu: Gpu, work: Work, layers: int) -> list[Alternative]:
+    """The ways to run so many layers, the fastest first, those that can't run last; arguments as of `Planned`."""
     inner = replace(work, features=work.directions * work.size)  # the layers above the first
     ways = []
     for best, _ in tiling.proposals(gpu, work, layers):
         name = f"{best.strategy}, wavefront" if best.layers > 1 else best.strategy
         ways.append(_predicted(name, gpu, best, work, inner, layers // best.layers))
     missing = [name for name in STRATEGIES if name not in [way.name for way in ways]]
-    first = min(ways, key=lambda way: way.total)
-    assert first.plan is not None and first.forward is not None
-    ways.append(_operator(gpu, work, inner, layers))
+    if work.has_operator:
+        ways.append(_operator(gpu, work, inner, layers))
     ways += [Alternative(name, why_not=tiling.why_not(gpu, work, 1, name)) for name in missing]
-    ways.sort(key=lambda way: (way.forward is None, way.total))
+    return sorted(ways, key=lambda way: (way.forward is None, way.total))
+
+
+def _planned(gpu: Gpu, work: Work, layers: int) -> Planned:
+    ways = alternatives(gpu, work, layers)
+    first = next((way for way in ways if way.plan is not None), None)
+    if first is None:
+        why = "; ".join(f"{way.name}: {way.why_not}" for way in ways if way.plan is None and way.forward is None)
+        raise ValueError(
+            f"no kernel for the cell {work.cell.name!r} has room on {gpu.name} with H={work.hidden}: {why}"
+        )
+    assert first.plan is not None and first.forward is not None
     shared = tiling.shared_bytes(first.plan, work), tiling.shared_bytes(first.plan, work, True)
     return Planned(
         gpu, work, layers, first.plan, tiling.programs(first.plan, work), tiling.weight_bytes(first.plan, work),
@@ -215,12 +234,13 @@ def _predicted(name: str, gpu: Gpu, plan: Plan, work: Work, inner: Work, layers:
 
 
 def _operator(gpu: Gpu, work: Work, inner: Work, layers: int) -> Alternative:
+    module = f"nn.{str(work.cell.operator).partition('_')[0].upper()}"
     algorithm, forward = others.predict_operator(gpu, work, layers)
     if forward is None:
-        return Alternative("nn.LSTM", why_not="no prediction for MIOpen")
+        return Alternative(module, why_not="no prediction for MIOpen")
     rest = (others.predict_operator(gpu, inner, layers)[1] for _ in range(layers - 1))
     both = _sum([forward, *(p for p in rest if p is not None)])
-    name = f"nn.LSTM (cuDNN, {algorithm})"
+    name = f"{module} (cuDNN, {algorithm})"
     if not work.training:
         return Alternative(name, None, both)
     each = (others.predict_operator(gpu, work if k == 0 else inner, layers, True)[1] for k in range(layers))

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from lstm_triton.gpu.gpus import KIB, Gpu
-from lstm_triton.gpu.model import Work, predict
+from lstm_triton.gpu.model import Work, predict, step_bytes
 from lstm_triton.planning import MOST_INNER, PERSISTENT_BYTES, STRATEGIES, Plan, blocks_of, tile
 
 # The tiles of `cooperative`: slices and warps, and the rows and units that a program may have with them, each for inner
@@ -39,6 +39,14 @@ STEP = (
     (16, 16, 16, 4, 2),
 )
 
+# The same of cells that look at whole rows: inner dimensions. Tiles have all units, and the fewest rows that products
+# take.
+WHOLE_STEP = (64, 32, 16)
+# Registers of a thread for what isn't tiles in such a kernel, as compiled (sm_90).
+OTHER_REGISTERS = 64
+# The most that a thread can have, AMD's with the accumulators.
+NVIDIA_REGISTERS, AMD_REGISTERS = 255, 512
+
 # Without tensor cores: rows, of which each is a product of its own, and bytes of weights in registers, as float32.
 MATVEC_BYTES = {1: 96 * KIB, 2: 96 * KIB, 4: 96 * KIB, 8: 64 * KIB}
 
@@ -53,31 +61,33 @@ def shared_bytes(plan: Plan, work: Work, backward: bool = False) -> int:
     """Shared memory of a program, at most."""
     item, rows, units = work.dtype.itemsize, plan.block_b, plan.block_h
     if plan.strategy == "step":
-        return plan.num_stages * (rows + 4 * units) * plan.block_k * item + 128  # and sm_100's barriers
+        return step_bytes(plan, work) + 128  # and sm_100's barriers
     if plan.strategy == "persistent":
         folded = units * plan.block_k if work.size != work.hidden else 0
-        # Beside the weights the compiled backward holds up to five operand tiles of the batch.
-        return item * (4 * units * plan.block_k + folded + 5 * rows * max(units, plan.block_k))
+        # Beside the weights the compiled backward holds the operand tiles of the batch, one for each and one more.
+        moving = (work.products + 1) * rows * max(units, plan.block_k)
+        return item * (work.products * units * plan.block_k + folded + moving)
     if plan.matvec:
-        return 4 * (rows + 2) * plan.block_k + 4 * 4 * units * plan.num_warps
-    sums = 4 * plan.slices * rows * (units if backward else 4 * units)
+        return 4 * (rows + 2) * plan.block_k + 4 * work.columns * units * plan.num_warps
+    sums = 4 * plan.slices * rows * (units if backward else work.columns * units)
     moving = item * rows * sum(_moving(plan, work, backward))
-    return weight_bytes(plan, work) + max(moving, sums if plan.slices > 1 else 0)
+    return weight_bytes(plan, work, backward) + max(moving, sums if plan.slices > 1 else 0)
 
 
 def _moving(plan: Plan, work: Work, backward: bool) -> tuple[int, ...]:
     """The blocks of a product's inner dimension that are between memory and tensor cores at a time."""
     first, second = blocks_of(work.hidden, plan.slices)
-    if backward:  # block by block, of one gate after the other
+    if backward:  # block by block, of one product after the other
         return first, second or first
     return (first, second) * (1 if plan.layers == 1 else 2)
 
 
-def weight_bytes(plan: Plan, work: Work) -> int:
+def weight_bytes(plan: Plan, work: Work, backward: bool = False) -> int:
     """Of the recurrent weights that a program keeps on its multiprocessor, padding among them."""
     if plan.strategy == "step":
         return 0
-    return work.dtype.itemsize * 4 * plan.block_h * plan.block_k * (1 if plan.layers == 1 else 2)
+    products = work.columns if plan.strategy == "cooperative" and not backward else work.products
+    return work.dtype.itemsize * products * plan.block_h * plan.block_k * (1 if plan.layers == 1 else 2)
 
 
 def held(gpu: Gpu, plan: Plan, work: Work) -> int:
@@ -96,6 +106,17 @@ def operand_registers(plan: Plan, work: Work, backward: bool) -> float:
     return plan.block_b * inner * work.dtype.itemsize / 4 / (32 * plan.num_warps)
 
 
+def row_registers(plan: Plan, work: Work) -> float:
+    """Registers of a thread where a cell looks at whole rows, which all its tiles of a row have to be there for.
+
+    That is as compiled for sm_90: 204 and 317 for an LSTM with layer norm in backward, 8 and 16 elements of a tile a
+    thread, here 192 and 320; 254 in inference with 16, here 240.
+    """
+    tiles = work.cell.sums + (work.kept if work.training else 3)
+    size = plan.block_b * plan.block_h / (32 * plan.num_warps) * max(1, work.dtype.itemsize / 4)
+    return tiles * size + OTHER_REGISTERS
+
+
 def misfit(gpu: Gpu, plan: Plan, work: Work) -> str:
     """Why a plan's programs have no room on a GPU, all at a time where they wait for each other; "" where they have."""
     room = held(gpu, plan, work)
@@ -105,6 +126,11 @@ def misfit(gpu: Gpu, plan: Plan, work: Work) -> str:
         return f"{shared:,.0f} KiB of shared memory wanted for a program, {limit:.0f} there"
     if plan.strategy == "persistent" and weight_bytes(plan, work) > PERSISTENT_BYTES:
         return f"{weight_bytes(plan, work) / KIB:,.0f} KiB of weights, a program keeps {PERSISTENT_BYTES // KIB}"
+    if work.cell.whole_rows:
+        threads, least = plan.num_warps * gpu.limits.warp, NVIDIA_REGISTERS if gpu.is_nvidia else AMD_REGISTERS
+        there, registers = min(least, gpu.limits.registers // threads), row_registers(plan, work)
+        if registers > there:
+            return f"{registers:.0f} registers of a thread wanted for whole rows of units, {there} there"
     if plan.strategy == "cooperative":
         most = OPERAND_SHARE * min(256, gpu.limits.registers // (plan.num_warps * gpu.limits.warp))
         wanted = max(operand_registers(plan, work, backward) for backward in {False, work.training})
@@ -142,6 +168,10 @@ def why_not(gpu: Gpu, work: Work, layers: int, strategy: str) -> str:
     if layers > 1 and strategy != "cooperative":
         return "several layers share a launch by the strategy 'cooperative' alone"
     ways = {"persistent": _persistent, "cooperative": _cooperative, "step": _step}[strategy]
+    if strategy == "cooperative" and work.cell.whole_rows:
+        return "programs that divide the hidden units have no whole rows of them"
+    if strategy == "cooperative" and not _folds(work):
+        return "projections of cells whose sums don't all have a product with the input"
     plans = list(ways(gpu, work, layers, False))
     if not plans:
         return "float32 and float64 products without TF32 take no tensor cores"
@@ -156,11 +186,19 @@ def _count(plan: Plan, work: Work) -> int:
 def _persistent(gpu: Gpu, work: Work, layers: int, forced: bool) -> Iterator[Plan]:
     plan = Plan("persistent", 16, tile(work.hidden), tile(work.size), 4)
     # tl.dot takes 16 rows or more; more programs with few rows each hide latency better.
-    yield plan if weight_bytes(plan, work) <= 32 * KIB else Plan("persistent", 16, plan.block_h, plan.block_k, 8)
+    few = weight_bytes(plan, work) <= 32 * KIB and not work.cell.whole_rows
+    yield plan if few else Plan("persistent", 16, plan.block_h, plan.block_k, 8)
+
+
+def _folds(work: Work) -> bool:
+    """Whether there is no projection, or one that can be folded (`lstm_triton.launching`)."""
+    return work.size == work.hidden or work.cell.inputs == work.cell.sums
 
 
 def _cooperative(gpu: Gpu, work: Work, layers: int, forced: bool) -> Iterator[Plan]:
-    hidden, least = work.hidden, 8 if gpu.is_nvidia else 16
+    hidden, least, columns = work.hidden, 8 if gpu.is_nvidia else 16, work.columns
+    if work.cell.whole_rows or not _folds(work):
+        return
     if work.tensor_cores or forced:
         for (slices, warps), tiles in COOPERATIVE.items():
             inner = sum(blocks_of(hidden, slices))
@@ -173,11 +211,15 @@ def _cooperative(gpu: Gpu, work: Work, layers: int, forced: bool) -> Iterator[Pl
     if rows in MATVEC_BYTES and not work.training and work.dtype != torch.float64:
         inner = sum(blocks_of(hidden, 1))
         for units in (4, 8, 16):
-            if 4 * 4 * units * inner <= MATVEC_BYTES[rows]:
+            if 4 * columns * units * inner <= MATVEC_BYTES[rows]:
                 yield Plan("cooperative", rows, units, inner, 8, matvec=True, layers=layers)
 
 
 def _step(gpu: Gpu, work: Work, layers: int, forced: bool) -> Iterator[Plan]:
+    if work.cell.whole_rows:
+        for inner in WHOLE_STEP:
+            yield Plan("step", 16, tile(work.hidden), min(tile(work.size), inner), 8, num_stages=2)
+        return
     for rows, units, inner, warps, stages in STEP:
         if rows > tile(work.batch) or (rows > 16 and not gpu.is_nvidia and work.dtype.itemsize > 2):
             continue  # in float32 it spills on AMD
@@ -200,7 +242,8 @@ def choose(gpu: Gpu, work: Work, layers: int = 1, strategy: str | None = None) -
 
 def wavefront(gpu: Gpu, work: Work, layers: int) -> Plan | None:
     """The plan for several layers of one direction in one launch; None where they are slower so, or don't fit."""
-    if work.directions > 1 or work.size != work.hidden:
+    cell = work.cell
+    if work.directions > 1 or work.size != work.hidden or work.zoneout or cell.whole_rows or not cell.is_plain:
         return None
     found = candidates(gpu, work, layers, "cooperative") if work.tensor_cores else []
     best = min(found, key=lambda plan: step_time(gpu, plan, work), default=None)

@@ -52,13 +52,14 @@ class Bucket(NamedTuple):
     drops: bool  # whether recurrent dropout is active
     recompute: bool
     cell: str = "lstm"  # its name
+    zoneout: bool = False  # whether there is any
 
     def __str__(self) -> str:
         most = f"T≤{self.steps}" if self.steps else f"T>{STEPS[-1]}"
         sizes = f"I={self.features} H={self.hidden} K={self.size} L={self.layers} D={self.directions}"
         kind = ["training" if self.training else "inference", "packed" if self.packed else "dense"]
         kind += ["recurrent dropout"] * self.drops + ["recompute"] * self.recompute
-        kind += [self.cell] * (self.cell != "lstm")
+        kind += ["zoneout"] * self.zoneout + [self.cell] * (self.cell != "lstm")
         return f"{self.precision}, {sizes} B≤{self.batch} {most}, {', '.join(kind)}"
 
     @classmethod
@@ -75,6 +76,7 @@ class Bucket(NamedTuple):
         drops: bool,
         recompute: bool,
         cell: str = "lstm",
+        zoneout: bool = False,
     ) -> "Bucket":
         """That of a call.
 
@@ -83,13 +85,13 @@ class Bucket(NamedTuple):
             features, layers: as of the fields.
             hx, cx: (L * D, B, K), (L * D, B, H).
             steps: T.
-            training, packed, drops, recompute, cell: as of the fields.
+            training, packed, drops, recompute, cell, zoneout: as of the fields.
         """
         (count, batch, size), hidden = hx.shape, cx.size(2)
         end = STEPS[bisect_left(STEPS, steps)] if steps <= STEPS[-1] else 0
         return cls(
             precision(dtype, hx.device), hidden, size, features, count // layers, layers,
-            1 << (batch - 1).bit_length(), end, training, packed, drops, training and recompute, cell,
+            1 << (batch - 1).bit_length(), end, training, packed, drops, training and recompute, cell, zoneout,
         )  # fmt: skip
 
 
