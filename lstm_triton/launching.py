@@ -47,7 +47,8 @@ def _work(layer: Layer) -> Work:
     precision = rnn_precision(input.device) if input.dtype == torch.float32 else "ieee"
     # One T for all: what varies from call to call must not change the plan.
     sizes = batch, hidden, size, input.size(1), STEPS
-    return Work(*sizes, input.dtype, len(layer.directions), precision, layer.records)
+    kind = layer.records, layer.cell, layer.zoneout is not None
+    return Work(*sizes, input.dtype, len(layer.directions), precision, *kind)
 
 
 def _chosen(layer: Layer, strategy: str | None) -> Plan:
