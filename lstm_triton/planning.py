@@ -40,6 +40,10 @@ RECOMPUTE_SPARE = 1.3
 # PyTorch's operator is as fast, a single one is a matrix-vector product.
 UNFUSED_ROWS = range(4, 9)
 
+# PyTorch's operators that oneDNN runs on a CPU. The others are loops over time steps in ATen, which kernels beat up to
+# so many weights, as far as was measured (bench/cells.py).
+ONEDNN, MOST_LOOPED_WEIGHTS = ("lstm",), 2 * 1024 * 1024
+
 # The largest block of a product's inner dimension that isn't cut in two.
 MOST_INNER = 512
 
@@ -177,7 +181,7 @@ def pays_on_cpu(
 ) -> bool:
     """Whether native kernels take less time than PyTorch's operator, in float32.
 
-    Measured by `python -m bench.cpu`, `bench.ragged` and `bench.long`.
+    Measured by `python -m bench.cpu`, `bench.ragged`, `bench.long` and `bench.cells`.
 
     Args:
         cell, batch, features, hidden, size, directions, threads: as of `choose_on_cpu`.
@@ -185,7 +189,11 @@ def pays_on_cpu(
     """
     plan = choose_on_cpu(cell, batch, features, hidden, size, directions, threads)
     weights = _weights(cell, plan.block_h, plan.block_k, _power(features))
-    if weights > MOST_WEIGHTS or size != hidden:
+    if size != hidden:
+        return False
+    if cell.operator not in ONEDNN:
+        return weights <= MOST_LOOPED_WEIGHTS
+    if weights > MOST_WEIGHTS:
         return False
     rows = -(-batch // plan.block_b) * plan.block_b
     padding = weights * rows / (_weights(cell, hidden, size, features) * batch)
