@@ -116,3 +116,10 @@ def rnn_tanh(self: Loop, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tenso
 
 def rnn_relu(self: Loop, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return torch.relu(self.sums(x, h)), c
+
+
+def minimal_gated_unit(self: Loop, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    x_f, x_n = F.linear(x, self.weight_ih, self.bias_ih).chunk(2, 1)
+    h_f, h_n = F.linear(h, self.w_hh, self.bias_hh).chunk(2, 1)
+    f = torch.sigmoid(x_f + h_f)
+    return torch.lerp(h, torch.tanh(x_n + f * h_n), f), c

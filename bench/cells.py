@@ -25,6 +25,7 @@ from bench.cpu import numbers, quartiles
 from bench.environment import cpu_name, environment
 from bench.files import write_atomically
 from bench.measure import compare, gradient, in_turns, once
+from bench.own_cell import MinimalGatedUnit
 from bench.results import Record, default_folder
 from lstm_triton import TritonGRU, TritonLSTM, TritonRNN, dispatch, revert
 from lstm_triton.tolerances import TOLERANCES
@@ -55,6 +56,7 @@ ENTRIES = (
     Entry("LSTM, weight dropout", TritonLSTM, {"weight_dropout": P_WEIGHT}, cell_loops.lstm, WeightDropped),
     Entry("GRU", TritonGRU, {}, cell_loops.gru),
     Entry("RNN, tanh", TritonRNN, {}, cell_loops.rnn_tanh),
+    Entry("minimal gated unit", MinimalGatedUnit, {}, cell_loops.minimal_gated_unit),
     Entry("RNN, relu", TritonRNN, {"nonlinearity": "relu"}, cell_loops.rnn_relu),
 )
 
