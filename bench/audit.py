@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bench import audit_report
-from bench.audit_cases import CASES, GPUS, SAMPLED, Case, Job, jobs_of, plan_of, precision_of
+from bench.audit_cases import CASES, GPUS, SAMPLED, Case, Job, jobs_of, plan_of, precision_of, work_of
 from bench.files import write_atomically
 from bench.results import Record
-from lstm_triton.gpu import gpus
+from lstm_triton.gpu import gpus, tiling
 from lstm_triton.gpu.gpus import Gpu
 
 FOLDER = Path(__file__).resolve().parents[1] / "reports" / "audit"
@@ -38,8 +38,8 @@ def audit(case: Case, gpu: Gpu) -> list[Record]:
     """Compiles what the case launches on the GPU: a record for each kernel, with the rules it breaks."""
     from lstm_triton.gpu import machine_code
 
-    found = []
-    for call in machine_code.calls(plan_of(case, gpu), case.layer(), case.run, gpu.target, precision_of(case, gpu)):
+    found, plan = [], plan_of(case, gpu)
+    for call in machine_code.calls(plan, case.layer(), case.run, gpu.target, precision_of(case, gpu)):
         stage = call.constants.get("STAGE")
         record = _named(case, gpu) | {
             "kernel": call.kernel.__name__ + (f" ({stage})" if stage else ""),
@@ -55,6 +55,7 @@ def audit(case: Case, gpu: Gpu) -> list[Record]:
             continue
         record |= asdict(usage) | {
             "shared_limit": gpu.limits.shared_per_program,
+            "shared_computed": tiling.shared_bytes(plan, work_of(case, gpu), case.run == "backward"),
             "programs_per_sm": gpu.programs_per_sm(usage.shared_bytes, usage.warps, usage.registers),
             "sms": gpu.sms,
         }
@@ -73,7 +74,8 @@ def _named(case: Case, gpu: Gpu) -> Record:
     plan = plan_of(case, gpu)
     tiles = {"block_b": plan.block_b, "block_h": plan.block_h, "block_k": plan.block_k, "slices": plan.slices}
     strategy = plan.strategy + (" wavefront" if plan.layers > 1 else "") + (" matvec" if plan.matvec else "")
-    named = {"case": str(case), "pass": case.run, "B": case.batch, "H": case.hidden, "K": case.size}
+    named: Record = {"case": str(case), "pass": case.run, "cell": case.cell}
+    named |= {"B": case.batch, "H": case.hidden, "K": case.size}
     return named | {
         "dtype": case.dtype, "form": case.form, "gpu": gpu.name, "target": gpu.target, "strategy": strategy, **tiles,
         "num_stages": plan.num_stages,
@@ -90,6 +92,8 @@ def violations(record: Record) -> list[str]:
         )
     if record["shared_bytes"] > record["shared_limit"]:
         found.append(f"needs {record['shared_bytes']} bytes of shared memory, of {record['shared_limit']} there are")
+    if record["own"] and record["shared_bytes"] > record["shared_computed"]:
+        found.append(f"needs {record['shared_bytes']} bytes of shared memory, the plan has {record['shared_computed']}")
     if record["strategy"] != "step" and record["weight_bytes_in_loops"]:
         found.append(f"loads {record['weight_bytes_in_loops']} bytes of weights in the time loop")
     half = record["dtype"] in ("fp16", "bf16") and not record["strategy"].endswith("matvec")
@@ -207,6 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     cores = os.cpu_count() or 1
     parser.add_argument("--only", default="", metavar="TEXT", help="the cases that have it in their name")
     parser.add_argument("--targets", type=targets_list, default=list(GPUS), metavar="sm_80,...", help="default: all")
+    parser.add_argument("--cells", action="store_true", help="the cases of other cells than the LSTM, and of zoneout")
     parser.add_argument("--sample", action="store_true", help=f"one case of {SAMPLED} for each target")
     parser.add_argument("--jobs", type=int, default=cores, help="processes (default: %(default)s)")
     parser.add_argument("--time-limit", type=positive, default=LIMIT, help="seconds for a case (default: %(default)s)")
@@ -214,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error("--jobs should be at least 1")
-    jobs = jobs_of(options.targets, options.only, options.sample)
+    jobs = jobs_of(options.targets, options.only, options.sample, options.cells)
     if not jobs:
         parser.error(f"no case has {options.only!r} in its name; one is {CASES[0]}")
     try:
@@ -223,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted: nothing written", file=sys.stderr)
         return 130
     whole = options.targets == list(GPUS) and not options.only and not options.sample
-    folder = options.out or (FOLDER if whole else None)
+    folder = options.out or ((FOLDER / "cells" if options.cells else FOLDER) if whole else None)
     print(audit_report.summary(records))
     if folder is not None:
         environment = audit_report.environment("python -m bench.audit" + _selection(options))
@@ -235,6 +240,7 @@ def _selection(options: argparse.Namespace) -> str:
     targets = ",".join(gpus.named(name).target for name in options.targets)
     parts = [f" --targets {targets}" if options.targets != list(GPUS) else ""]
     parts += [f" --only '{options.only}'" if options.only else "", " --sample" if options.sample else ""]
+    parts += [" --cells" if options.cells else ""]
     return "".join(parts)
 
 

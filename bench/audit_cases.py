@@ -10,7 +10,7 @@ from lstm_triton.gpu import gpus, tiling
 from lstm_triton.gpu.gpus import Gpu
 from lstm_triton.gpu.model import Work
 from lstm_triton.planning import Plan
-from lstm_triton.recurrence import Direction, Layer, Layout, RecurrentDropout, state_dtype
+from lstm_triton.recurrence import Direction, Layer, Layout, RecurrentDropout, Zoneout, present, state_dtype
 
 # A GPU of each target.
 GPUS = ("a100", "a10", "l4", "h100", "b200", "rtx5090", "mi250x", "mi300x")
@@ -27,11 +27,19 @@ class Case(NamedTuple):
     batch: int
     hidden: int
     dtype: str
-    form: str = ""  # or "D2", "L2", "ragged", "dropout", "projection"
+    form: str = ""  # or "D2", "L2", "ragged", "dropout", "projection", "zoneout"
+    cell: str = "lstm"
+    strategy: str | None = None  # where it has room, else and for None the one that is chosen
 
     def __str__(self) -> str:
-        form = f"-{self.form}" if self.form else ""
-        return f"{self.run} B{self.batch}-H{self.hidden}-{self.dtype}{form}"
+        parts = [f"{self.run} B{self.batch}", f"H{self.hidden}", self.dtype]
+        parts += [self.form] * bool(self.form) + [self.cell] * (self.cell != "lstm")
+        return "-".join([*parts, self.strategy] if self.strategy else parts)
+
+    @property
+    def of_cells(self) -> bool:
+        """Whether it is of a cell other than the LSTM, or of zoneout."""
+        return self.cell != "lstm" or self.form == "zoneout"
 
     @property
     def size(self) -> int:
@@ -46,6 +54,7 @@ class Case(NamedTuple):
     def layer(self) -> Layer:
         """The layer, without memory."""
         dtype, directions, h, k = DTYPES[self.dtype], 2 if self.form == "D2" else 1, self.hidden, self.size
+        cell = cells.of(self.cell)
         layout = Layout.dense(STEPS, self.batch)
         if self.form == "ragged":
             layout = Layout.of(STEPS * self.batch - self.batch // 2, self.batch, batch_sizes(self.batch))
@@ -54,20 +63,15 @@ class Case(NamedTuple):
             return torch.empty(shape, dtype=dtype, device="meta")
 
         w_hr = tensor(k, h) if k != h else None
-        weights = Direction(tensor(4 * h, h), tensor(4 * h, k), tensor(4 * h), tensor(4 * h), w_hr)
+        inputs, recurrent, biased = cell.inputs * h, len(cell.recurrent) * h, len(cell.biases) * h
+        extra = tuple(tensor(p.vectors * h) for p in present(cell, True))
+        weights = Direction(tensor(inputs, h), tensor(recurrent, k), tensor(inputs), tensor(biased), w_hr, extra)
         seed = tensor(1, dtype=torch.int64) if self.form == "dropout" else None
         states = tensor(directions, self.batch, k), tensor(directions, self.batch, h, dtype=state_dtype(dtype))
         dropout = RecurrentDropout(seed=seed, p=0.25)
-        return Layer(
-            tensor(layout.total, h),
-            *states,
-            [weights] * directions,
-            layout,
-            dropout,
-            cells.of("lstm"),
-            None,
-            self.records,
-        )
+        zoneout = Zoneout(0.25, 0.25, tensor(1, dtype=torch.int64)) if self.form == "zoneout" else None
+        x = tensor(layout.total, h)
+        return Layer(x, *states, [weights] * directions, layout, dropout, cell, zoneout, self.records)
 
 
 def batch_sizes(batch: int) -> torch.Tensor:
@@ -95,19 +99,48 @@ def _cases() -> Iterator[Case]:
     for hidden in (64, 1024):
         for run in ("rebuild", "drop"):
             yield Case(run, 32, hidden, "fp16", "dropout")
+    yield from _of_cells()
+
+
+def _of_cells() -> Iterator[Case]:
+    """Of cells other than the LSTM: one product, three, layer norm over whole rows, peepholes; and zoneout."""
+    cells = ("gru", "rnn-tanh", "lstm-coupled", "lstm-peephole", "lstm-norm")
+    for cell in cells:
+        for run in ("forward", "backward"):
+            yield Case(run, 32, 64, "fp16", "", cell, "persistent")
+            yield Case(run, 32, 128 if cell == "lstm-norm" else 512, "bf16", "", cell, "step")
+    for strategy, hidden in (("persistent", 100), ("step", 512)):
+        for run in ("forward", "backward"):
+            yield Case(run, 32, hidden, "fp16", "zoneout", "lstm", strategy)
+    for cell in ("gru", "lstm-norm"):
+        yield Case("forward", 32, 64, "tf32", "D2", cell)
+        yield Case("backward", 32, 64, "fp32", "ragged", cell)
+        yield Case("rebuild", 32, 64, "fp16", "", cell)
+    for run in ("forward", "backward"):
+        yield Case(run, 32, 256, "fp16", "", "rnn-relu")
+        for cell in ("gru", "rnn-tanh", "lstm-coupled", "lstm-peephole"):
+            yield Case(run, 32, 300, "fp16", "", cell, "cooperative")
+        yield Case(run, 32, 1024, "bf16", "", "gru", "cooperative")
+        yield Case(run, 32, 256, "fp16", "zoneout", "lstm", "cooperative")
+    yield Case("inference", 1, 256, "fp32", "", "gru")
 
 
 CASES = tuple(_cases())
 Job = tuple[Case, Gpu]
 
 
-def jobs_of(gpu_names: Sequence[str], only: str = "", sample: bool = False) -> list[Job]:
-    """The cases whose name has `only` in it, on each of the GPUs; of a sample some of them on each."""
+def jobs_of(gpu_names: Sequence[str], only: str = "", sample: bool = False, cells: bool = False) -> list[Job]:
+    """The cases whose name has `only` in it, on each of the GPUs; of a sample some of them on each.
+
+    cells: those of cells other than the LSTM, and of zoneout, alone.
+    """
     return [
         (case, gpus.named(name))
         for k, case in enumerate(CASES)
         for name in gpu_names
-        if only in str(case) and (not sample or (k + APART * GPUS.index(name)) % SAMPLED == 0)
+        if only in str(case)
+        and case.of_cells >= cells
+        and (not sample or (k + APART * GPUS.index(name)) % SAMPLED == 0)
     ]
 
 
@@ -116,11 +149,17 @@ def precision_of(case: Case, gpu: Gpu) -> str:
     return "ieee" if case.dtype == "fp32" or not gpu.is_nvidia else "tf32"
 
 
-def plan_of(case: Case, gpu: Gpu) -> Plan:
-    """What the library chooses there."""
+def work_of(case: Case, gpu: Gpu) -> Work:
+    """What plans are made for."""
     dtype, directions = DTYPES[case.dtype], 2 if case.form == "D2" else 1
     sizes = case.batch, case.hidden, case.size, case.hidden, launching.STEPS
     precision = precision_of(case, gpu) if dtype == torch.float32 else "ieee"
-    work = Work(*sizes, dtype, directions, precision, training=case.records)
+    return Work(*sizes, dtype, directions, precision, case.records, cells.of(case.cell), case.form == "zoneout")
+
+
+def plan_of(case: Case, gpu: Gpu) -> Plan:
+    """What the library chooses there."""
+    work = work_of(case, gpu)
     front = tiling.wavefront(gpu, work, 2) if case.form == "L2" else None
-    return front or tiling.choose(gpu, work)
+    strategy = case.strategy if case.strategy and tiling.candidates(gpu, work, 1, case.strategy) else None
+    return front or tiling.choose(gpu, work, strategy=strategy)

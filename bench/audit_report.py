@@ -106,12 +106,17 @@ def markdown(records: Sequence[Record], environment: Record, drawn: bool) -> str
         parts += ["## Violations", table(("case", "target", "kernel", "what"), rows, 4)]
     if drawn:
         parts += [f"![registers and shared memory against H]({PLOT})"]
-    parts += ["## What serves what", _SERVED]
+    others = [r for r in records if r["cell"] != "lstm" or r["form"] == "zoneout"]
+    if len(others) < len(records):
+        parts += ["## What serves what", _SERVED]
     for dtype in dict.fromkeys(r["dtype"] for r in records):
         for name, passes in (("training", ("forward", "backward")), ("inference", ("inference",))):
             own = [r for r in records if r["dtype"] == dtype and r["pass"] in passes and not r["form"]]
+            own = [r for r in own if r["cell"] == "lstm"]
             if own:
                 parts += [f"### {dtype}, {name}", _strategies(own)]
+    if others:
+        parts += ["### Other cells, and zoneout", _OTHERS, _of_cells(others)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -125,10 +130,10 @@ _METHOD = (
 )
 
 _RULES = (
-    "Checked of each kernel: no registers spill; shared memory is within the chip's limit; kernels that run a whole "
-    "sequence load no weights in their loop over time; in fp16 and bf16 products are on tensor cores (but for those "
-    "that are row by row, `matvec`); no atomic additions of floats; programs that wait for each other fit on the GPU "
-    "at a time."
+    "Checked of each kernel: no registers spill; shared memory is within the chip's limit and, of a strategy's own "
+    "kernels, no more than its plan says; kernels that run a whole sequence load no weights in their loop over time; "
+    "in fp16 and bf16 products are on tensor cores (but for those that are row by row, `matvec`); no atomic additions "
+    "of floats; programs that wait for each other fit on the GPU at a time."
 )
 
 _SERVED = (
@@ -147,11 +152,37 @@ def _strategies(records: Sequence[Record]) -> str:
     return table(("B", "H", *targets), rows, 0)
 
 
+_OTHERS = (
+    "Behind the strategy, rows and units: the most registers of a thread, and KiB of shared memory of a program, of "
+    "that pass's kernels. A case may name a strategy; where that has no room, what is chosen runs."
+)
+
+
+def _of_cells(records: Sequence[Record]) -> str:
+    """Rows by case, columns by target."""
+    targets = [t for t in _COLOURS if any(r["target"] == t for r in records)]
+    most: dict[tuple[str, str], Record] = {}
+    for r in records:
+        known = most.setdefault((r["case"], r["target"]), r)
+        if r.get("registers", 0) > known.get("registers", 0):
+            most[r["case"], r["target"]] = r
+    rows = [
+        (case, *(_short(most[case, t]) if (case, t) in most else "–" for t in targets))
+        for case in dict.fromkeys(r["case"] for r in records)
+    ]
+    return table(("case", *targets), rows, 1)
+
+
+def _short(r: Record) -> str:
+    used = f", {r['registers']}, {r['shared_bytes'] / 1024:.0f}" if "registers" in r else ""
+    return f"{r['strategy']} {r['block_b']}×{r['block_h']}{used}"
+
+
 # The plot, 9 inches wide to be read at 900 pixels
 
 
 def _shown(r: Record) -> bool:
-    passes = r["pass"] in ("forward", "backward") and not r["form"]
+    passes = r["pass"] in ("forward", "backward") and not r["form"] and r["cell"] == "lstm"
     return bool(passes and "registers" in r and r["own"] and r["dtype"] == _DTYPE and r["B"] == _BATCH)
 
 

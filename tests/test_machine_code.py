@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import audit, audit_cases, audit_report
-from lstm_triton import TritonLSTM, dispatch, launching
+from lstm_triton import TritonLSTM, cells, dispatch, launching
 from lstm_triton.gpu import gpus
 from lstm_triton.planning import Plan
 
@@ -92,7 +92,7 @@ def record(used: machine_code.Usage | None = None, **changes: Any) -> dict[str, 
     """One of the audit; without changes one in which all is well."""
     good = machine_code.Usage(4, 100, 0, 0, 0, 30_000, 8, 0, 2048, 0)
     found = {"dtype": "fp16", "strategy": "persistent", "own": True, "cooperative": False, "programs": 4}
-    found |= {"shared_limit": 101_376, "programs_per_sm": 2, "sms": 72}
+    found |= {"shared_limit": 101_376, "shared_computed": 101_376, "programs_per_sm": 2, "sms": 72}
     return found | dataclasses.asdict(used or good) | changes
 
 
@@ -146,6 +146,9 @@ def test_shared_memory_beyond_the_limit_is_found() -> None:
     limit = gpus.named("a10").limits.shared_per_program
     assert used.shared_bytes > limit
     assert any("shared memory" in why for why in audit.violations(record(used, shared_limit=limit)))
+    more = record(shared_computed=29_999)
+    assert audit.violations(more) == ["needs 30000 bytes of shared memory, the plan has 29999"]
+    assert audit.violations(more | {"own": False}) == []
 
 
 def test_programs_that_wait_fit_on_the_gpu() -> None:
@@ -236,11 +239,31 @@ def test_layers_with_memory_are_refused() -> None:
         machine_code.calls(STRATEGIES["step"], audit_cases.CASES[0].layer(), "training", "sm_90")
 
 
+def test_calls_of_cells_are_those_of_their_functions() -> None:
+    """Of the case's cell, zoneout and strategy, where it has room."""
+    h100 = gpus.named("h100")
+    for cell, strategy in (("gru", "step"), ("rnn-tanh", "persistent"), ("lstm-coupled", "cooperative")):
+        case = audit_cases.Case("backward", 3, 32, "fp16", "", cell, strategy)
+        plan = audit_cases.plan_of(case, h100)
+        assert plan.strategy == strategy and str(case).endswith(f"fp16-{cell}-{strategy}")
+        listed = machine_code.calls(plan, case.layer(), case.run, "sm_90")
+        own = [call for call in listed if call.is_own]
+        assert own and all(call.constants["CELL"] is cells.of(cell).backward for call in own)
+        assert all(call.constants["ZONEOUT"] == "none" for call in own)
+    zoned = audit_cases.Case("forward", 3, 32, "fp16", "zoneout")
+    listed = machine_code.calls(audit_cases.plan_of(zoned, h100), zoned.layer(), zoned.run, "sm_90")
+    assert {call.constants["ZONEOUT"] for call in listed} == {"drawn"}
+    large = audit_cases.Case("forward", 32, 2048, "fp16", "", "gru", "persistent")
+    assert audit_cases.plan_of(large, h100).strategy != "persistent"
+
+
 # The command
 
 
 def test_all_targets_have_all_cases() -> None:
     jobs = audit_cases.jobs_of(audit_cases.GPUS)
+    of_cells = audit_cases.jobs_of(audit_cases.GPUS, cells=True)
+    assert {job for job in jobs if job[0].of_cells} == set(of_cells) and len(of_cells) >= 40
     assert len(set(audit_cases.CASES)) == len(audit_cases.CASES) >= 40
     assert len({str(case) for case in audit_cases.CASES}) == len(audit_cases.CASES)
     targets = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"}
@@ -250,7 +273,7 @@ def test_all_targets_have_all_cases() -> None:
 def test_sample_has_something_of_everything() -> None:
     jobs = audit_cases.jobs_of(audit_cases.GPUS, sample=True)
     assert {gpu.name for _, gpu in jobs} == set(audit_cases.GPUS)
-    for field in ("run", "dtype", "form", "batch"):
+    for field in ("run", "dtype", "form", "batch", "cell"):
         assert {getattr(case, field) for case, _ in jobs} == {getattr(case, field) for case in audit_cases.CASES}
     every = {audit_cases.plan_of(case, gpu).strategy for case, gpu in audit_cases.jobs_of(audit_cases.GPUS)}
     assert {audit_cases.plan_of(case, gpu).strategy for case, gpu in jobs} == every
