@@ -12,7 +12,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lstm_triton import TritonLSTM, dispatch, kernels, launching
+from lstm_triton import TritonGRU, TritonLSTM, TritonRNN, cells, dispatch, kernels, launching
+from lstm_triton.base import TritonRNNBase
 from lstm_triton.gpu import choice, gpus, kept, qualification, tuning
 from lstm_triton.planning import Plan
 from lstm_triton.recurrence import Layer
@@ -42,7 +43,8 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     forget(monkeypatch)
 
     def proposals(bucket: tuning.Bucket, device: torch.device) -> list[tuple[Plan | None, float | None]]:
-        return played.plans + [(None, played.torch_predicted)] * (not bucket.drops)
+        lacks = bucket.drops or bucket.zoneout or cells.of(bucket.cell).operator is None
+        return played.plans + [(None, played.torch_predicted)] * (not lacks)
 
     def clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
         def timed(run: Callable[[], object]) -> float:
@@ -53,9 +55,9 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
 
         return timed
 
-    def check(case: qualification.Case, strategy: str, *_: object) -> str | None:
-        if case is qualification.cases(strategy, False)[0]:
-            played.checked.append(strategy)
+    def check(case: qualification.Case, strategy: str, name: str, device: object, cell: str) -> str | None:
+        if case == qualification.cases(strategy, False, cell)[0]:
+            played.checked.append(strategy if cell == "lstm" else f"{strategy} {cell}")
         return "h_n: off" if strategy in played.wrong else None
 
     monkeypatch.setattr(choice, "proposals", proposals)
@@ -73,13 +75,13 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "_said", set())
 
 
-def backend(module: TritonLSTM, x: torch.Tensor | PackedSequence) -> str:
+def backend(module: TritonRNNBase, x: torch.Tensor | PackedSequence) -> str:
     """That of a call, by what it says after it."""
     module(x)
     return explained(module, x)[0]
 
 
-def explained(module: TritonLSTM, x: torch.Tensor | PackedSequence) -> tuple[str, str]:
+def explained(module: TritonRNNBase, x: torch.Tensor | PackedSequence) -> tuple[str, str]:
     line = module.explain(x).splitlines()[1]
     name, _, why = line.removeprefix("backend: ").partition(" ")
     return name, why[1:-1]
@@ -121,6 +123,8 @@ def test_plans_reach_the_layers_of_their_calls_alone(gpu: Gpu) -> None:
         ({}, "packed", {"packed": True, "batch": 4, "steps": 16}),
         ({"batch_first": True}, "", {"batch": 16, "steps": 4}),
         ({}, "autocast", {"precision": "bf16"}),
+        ({"zoneout": (0.1, 0.2)}, "", {"zoneout": True, "cell": "lstm"}),
+        ({"peephole": True}, "", {"zoneout": False, "cell": "lstm-peephole"}),
     ],
 )
 def test_buckets(options: dict[str, Any], call: str, expected: dict[str, Any], gpu: Gpu) -> None:
@@ -160,6 +164,98 @@ def test_proposals(name: str, projected: bool, drops: bool, recompute: bool, mon
         assert "cooperative" not in [plan.strategy for plan in plans]
     if recompute:
         assert all(plan.layers == 1 for plan in plans)
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn-relu", "lstm-peephole", "lstm-norm"])
+@pytest.mark.parametrize("zoneout", [False, True])
+def test_proposals_of_cells(cell: str, zoneout: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's operator where it has the cell, and never with zoneout; nothing where no kernel has room."""
+    monkeypatch.setattr(gpus, "of", lambda device: gpus.named("h100"))
+    bucket = tuning.Bucket("bf16", 128, 128, 64, 1, 1, 32, 0, True, False, False, False, cell, zoneout)
+    plans = [plan for plan, _ in choice.proposals(bucket, torch.device("cuda", 0))]
+    assert plans[0] is not None
+    assert (None in plans) == (not zoneout and cells.of(cell).operator is not None)
+    large = choice.proposals(bucket._replace(hidden=1024, size=1024), torch.device("cuda", 0))
+    assert bool(large) == (cell != "lstm-norm")
+
+
+CELLS: dict[str, Callable[..., TritonRNNBase]] = {
+    "gru": TritonGRU, "rnn-tanh": TritonRNN, "lstm-peephole": lambda *a, **k: TritonLSTM(*a, peephole=True, **k),
+    "lstm-norm": lambda *a, **k: TritonLSTM(*a, layer_norm=True, **k),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", list(CELLS))
+def test_cells_are_tried(cell: str, gpu: Gpu) -> None:
+    """With PyTorch's operator, which may win, where it has the cell; their own kernels are checked."""
+    module, x = CELLS[cell](5, 7), torch.randn(9, 3, 5)
+    has = cells.of(cell).operator is not None
+    assert explained(module, x)[0] == ("torch" if has else "eager")
+    assert ("no cell" in explained(module, x)[1]) == (not has)
+    assert backend(module, x) == "triton"
+    assert set(gpu.timed) == {"persistent", "step", *(["torch"] if has else [])}
+    assert gpu.checked == [f"persistent {cell}", f"step {cell}"]
+    gpu.seconds["torch"] = 1e-4
+    assert backend(module, torch.randn(17, 4, 5)) == ("torch" if has else "triton")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_zoneout_is_for_ours_alone(training: bool, grad: bool, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timed as the call is, in training or not, with the masks that it draws; compared with PyTorch's operations."""
+    module, x = TritonLSTM(5, 7, zoneout=(0.3, 0.4)).train(training), torch.randn(9, 3, 5)
+    drawn: list[bool] = []
+    launch = kernels.Launch.of
+
+    def watch(plan: Plan, layer: Layer) -> Any:
+        assert layer.zoneout is not None
+        drawn.append(layer.zoneout.seed is not None)
+        return launch(plan, layer)
+
+    monkeypatch.setattr(kernels.Launch, "of", watch)
+    with torch.set_grad_enabled(grad):
+        name, why = explained(module, x)
+        assert name == "eager" and why.startswith("PyTorch's operator has no zoneout; not measured yet")
+        found = []
+        for _ in range(2):  # measures, then knows
+            torch.manual_seed(1)
+            found.append(module(x)[0])
+    assert set(gpu.timed) == {"persistent", "step"} and set(drawn) == {training}
+    (((_, bucket), result),) = tuning._results.items()
+    assert bucket.zoneout and not bucket.drops and result.plan == PERSISTENT and not result.failed
+    assert torch.equal(*found)
+    with torch.set_grad_enabled(grad):  # another bucket
+        assert explained(TritonLSTM(5, 7).train(training), x)[1].startswith("not measured yet")
+
+
+def test_cells_that_no_kernel_has_room_for(gpu: Gpu) -> None:
+    gpu.plans = []
+    x = torch.randn(9, 3, 5)
+    normed = TritonLSTM(5, 7, layer_norm=True)
+    assert explained(normed, x) == (
+        "eager", "PyTorch's operator has no cell 'lstm-norm'; no kernel has room on this GPU"
+    )  # fmt: skip
+    assert backend(normed, x) == "eager" and backend(TritonGRU(5, 7), x) == "torch"
+    assert not gpu.timed and not gpu.checked
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_gradients_that_jump_are_no_error(wrong: bool, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where relu bends a rounding turns a gradient on or off, of PyTorch's as of ours; most of it has to be right."""
+    gpu.plans = [(STEP, None)]
+    backward = launching.Kernels.backward
+
+    def changed(*arguments: Any) -> Any:
+        found = backward(*arguments)
+        return found._replace(dgates=found.dgates * 2) if wrong else found
+
+    monkeypatch.setattr(launching.Kernels, "backward", changed)
+    module, x = TritonRNN(5, 64, nonlinearity="relu", dtype=torch.bfloat16), torch.randn(40, 16, 5).bfloat16()
+    if not wrong:
+        assert backend(module, x) == "triton"
+        return
+    with pytest.warns(RuntimeWarning, match="is not taken for bf16, .* is off by"):
+        module(x)
 
 
 # What nothing may see of it
@@ -367,11 +463,11 @@ def test_an_error_of_the_call_is_the_users(gpu: Gpu) -> None:
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("form", ["dense", "packed", "autocast", "no_grad", "batch_first"])
-@pytest.mark.parametrize("option", ["", "recurrent_dropout", "bidirectional", "recompute"])
+@pytest.mark.parametrize("option", ["", "recurrent_dropout", "bidirectional", "recompute", "zoneout"])
 def test_layers_run_by_the_plan(option: str, form: str, layers: int, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, dict[str, Any]] = {
         "": {}, "recurrent_dropout": {option: 0.5}, "bidirectional": {option: True, "proj_size": 3},
-        "recompute": {option: 4},
+        "recompute": {option: 4}, "zoneout": {option: (0.2, 0.3)},
     }  # fmt: skip
     front = Plan("cooperative", 16, 8, 16, 4, layers=2)
     if layers == 2 and option in ("", "recurrent_dropout"):

@@ -54,7 +54,7 @@ def test_says_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_qualifies(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def check(case: Any, strategy: str, name: str, device: torch.device) -> str | None:
+    def check(case: Any, strategy: str, name: str, device: torch.device, cell: str) -> str | None:
         return "h_n of T=1: off by 1.0e+00" if (strategy, name) == ("step", "bf16") and not case.size else None
 
     monkeypatch.setattr(qualification, "check", check)
@@ -65,6 +65,21 @@ def test_qualifies(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     assert out.count(" passed") == 4 * len(doctor.WAYS) - 1
     monkeypatch.setattr(qualification, "_states", {})
     assert said(capsys)[0] == 1  # it is known from then on
+
+
+def test_other_cells(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their kernels by the strategies that they have."""
+    checked: set[tuple[str, str]] = set()
+    monkeypatch.setattr(qualification, "check", lambda case, strategy, *rest: checked.add((strategy, rest[-1])))
+    status, out = said(capsys, "--qualify", "--cells", "gru,lstm-norm")
+    assert status == 0 and "kernels on cpu for gru, checked" in out and "kernels on cpu for lstm-norm, checked" in out
+    of_gru = {(strategy, "gru") for strategy in ("persistent", "cooperative", "step")}
+    assert checked == of_gru | {(strategy, "lstm-norm") for strategy in ("persistent", "step")}
+    assert out.count(" passed") == 4 * (3 + 4)  # those with projections, too
+    assert said(capsys)[1].count("not run") == 4 * len(doctor.WAYS)
+    with pytest.raises(SystemExit):
+        doctor.main(["--cells", "gru,grue"])
+    assert "no cell is registered as 'grue'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", ["values", "error"])

@@ -46,6 +46,73 @@ def test_wavefronts_qualify() -> None:
     assert qualification.qualify("wavefront", "fp32", False, CPU) == "passed"
 
 
+@pytest.mark.parametrize(
+    "cell,strategy,name,projected",
+    [
+        ("gru", "cooperative", "fp32", False),
+        ("gru", "step", "bf16", False),
+        ("rnn-tanh", "persistent", "fp32", False),
+        ("rnn-relu", "step", "fp16", False),
+        ("lstm-coupled", "persistent", "fp32", True),
+        ("lstm-norm", "step", "fp32", False),
+        ("lstm-peephole", "persistent", "fp32", False),
+    ],
+)
+def test_cells_qualify(cell: str, strategy: str, name: str, projected: bool, two: None) -> None:
+    assert qualification.qualify(strategy, name, projected, CPU, cell) == "passed"
+    assert qualification.state(strategy, name, projected, CPU, cell) == "passed"
+    assert qualification.state(strategy, name, projected, CPU) is None  # another cell's
+
+
+def test_what_cells_do_not_have() -> None:
+    def has(strategy: str, projected: bool, cell: str) -> bool:
+        return bool(qualification.cases(strategy, projected, cell))
+
+    assert not has("cooperative", False, "lstm-norm") and not has("wavefront", False, "lstm-norm")
+    assert not has("step", True, "gru") and not has("wavefront", False, "gru")
+    assert has("wavefront", False, "rnn-tanh") and has("step", True, "lstm-norm")
+    assert qualification.qualify("wavefront", "fp32", False, CPU, "gru") == "no plan fits"
+    for cell in ("lstm", "lstm-peephole", "gru"):
+        zoned = any(case.zoneout for case in qualification.cases("step", False, cell))
+        assert zoned == (cell != "gru")
+    assert all(case.hidden > 1 for case in qualification.cases("step", False, "lstm-norm"))
+
+
+@pytest.mark.parametrize("what", ["parameters", "zoneout"])
+def test_broken_kernels_of_cells_fail(what: str, two: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parameter's gradient that is off, and zoneout that isn't done."""
+    if what == "zoneout":
+        of = kernels.Launch.of
+        monkeypatch.setattr(kernels.Launch, "of", lambda plan, layer: of(plan, layer._replace(zoneout=None)))
+        with pytest.warns(RuntimeWarning, match="'step' in fp32 .* with zoneout: off by"):
+            assert qualification.qualify("step", "fp32", False, CPU).startswith("failed: output of T=1…11")
+        return
+
+    def wrong_vectors(found: Gradients, *_: Any) -> Gradients:
+        assert found.dparameters is not None
+        return found._replace(dparameters=found.dparameters.roll(1, 2))
+
+    broken("backward", wrong_vectors, monkeypatch)
+    with pytest.warns(RuntimeWarning, match="'step' for the cell 'lstm-peephole' in fp32 are switched off"):
+        state = qualification.qualify("step", "fp32", False, CPU, "lstm-peephole")
+    assert state.startswith("failed: the gradient of weight 2 of T=1…11")
+    assert qualification.state("step", "fp32", False, CPU) is None
+
+
+def test_what_jumps_is_judged_by_its_mean() -> None:
+    expected, apart = torch.ones(1000), torch.ones(1000)
+    found = expected.clone()
+    found[3] = 0
+    assert qualification.error_of(found, expected, lambda: apart, 1e-3, 1e-3) == 1.0  # an error
+    apart[7] = 0
+    assert qualification.error_of(found, expected, lambda: apart, 1e-3, 1e-3) is None  # as what is expected does
+    found[: 1000 // 9] = 0
+    assert qualification.error_of(found, expected, lambda: apart, 1e-3, 1e-3) == 1.0
+    found[0] = float("nan")
+    error = qualification.error_of(found, expected, lambda: apart, 1e-3, 1e-3)
+    assert error is not None and error != error
+
+
 def test_the_strategy_asked_for_runs(two: None, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: set[str] = set()
     choose = launching.of

@@ -119,6 +119,19 @@ def test_each_candidate_runs_by_its_plan() -> None:
     assert set(seen) == {*PLANS.items(), ("torch", None)}
 
 
+def test_a_bucket_in_words() -> None:
+    assert str(BUCKET) == "fp16, I=32 H=64 K=64 L=1 D=1 B≤16 T≤64, training, dense"
+    of_cell = BUCKET._replace(cell="lstm-peephole", zoneout=True)
+    assert str(of_cell) == f"{BUCKET}, zoneout, lstm-peephole"
+
+
+def test_cells_and_zoneout_are_measured_by_themselves() -> None:
+    tune(Clock(one=1.0, other=2.0, torch=3.0))
+    assert tuning.known(CPU, BUCKET) is not None
+    for other in (BUCKET._replace(cell="gru"), BUCKET._replace(zoneout=True)):
+        assert tuning.known(CPU, other) is None and tuning.recall(CPU, other) is None
+
+
 # The disk
 
 
