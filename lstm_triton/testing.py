@@ -22,6 +22,7 @@ from lstm_triton.tolerances import DTYPES, TOLERANCES
 # Odd ones, so that kernels' tiles have rows and units that aren't there.
 STEPS, BATCH, FEATURES, HIDDEN = 4, 3, 3, 5
 LENGTHS = (2, 4, 1)  # of a packed batch's rows
+SHARED_HIDDEN = 21  # units that several programs share
 GPUS = ("h100", "mi300x")
 SEED = 5
 
@@ -42,16 +43,16 @@ def check_cell(
     - "signature": how many tensors of which shapes the functions return;
     - "backward_torch": its gradients, and that it is linear in dq and dc.
 
-    On layers of random weights (5 units, 3 rows of 4 time steps) outputs and the gradients of input, states and all
-    parameters, against the layer written plainly around `forward_torch`:
+    On layers of random weights (4 time steps, 3 rows, 5 units, or 21 where programs share them) outputs and the
+    gradients of input, states and all parameters, against the layer written plainly around `forward_torch`:
 
-    - "eager": in PyTorch operations; "persistent", "step": by kernels of that strategy; each a dense batch, and a
-      packed one of two layers and both directions;
+    - "eager": in PyTorch operations; "persistent", "step" and, of cells that look at no whole rows, "cooperative": by
+      kernels of that strategy; each a dense batch, and a packed one of two layers and both directions;
     - "linear": that kernels' gradients are 10⁶ times as large where those of the outputs are;
     - "float32", "bf16": by kernels, to 2e-5 and 2e-2;
     - "recurrent dropout", and of cells that carry c "zoneout", in training and in evaluation: in PyTorch operations and
       by kernels;
-    - "recompute": the same with gates rebuilt in backward;
+    - "recompute": the same with gates rebuilt in backward; "projections": of cells that have `output_torch`;
     - "double backward": `torch.autograd.gradgradcheck`;
     - "machine code": the kernels compiled for GPUs that need not be there, in fp16: they compile, spill no registers,
       fit the shared memory, have tensor-core instructions, and no atomic additions of floats. Where Triton brings the
@@ -158,10 +159,12 @@ _PLAIN: dict[str, Any] = {}
 _PACKED: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "packed": True}
 
 
-def _module(cell: Cell, dtype: torch.dtype, backend: str, packed: bool = False, **options: Any) -> TritonRNNBase:
+def _module(
+    cell: Cell, dtype: torch.dtype, backend: str, packed: bool = False, hidden: int = HIDDEN, **options: Any
+) -> TritonRNNBase:
     """Of random weights, exact in `dtype`; parameters that begin with a value are moved from it."""
     torch.manual_seed(SEED)
-    module = TritonRNNBase(cell, FEATURES, HIDDEN, backend=backend, **options)
+    module = TritonRNNBase(cell, FEATURES, hidden, backend=backend, **options)
     with torch.no_grad():
         for name, weight in module.named_parameters():
             if not name.startswith(("weight", "bias_ih", "bias_hh")):
@@ -174,7 +177,8 @@ def _inputs(module: TritonRNNBase, packed: bool) -> tuple[Tensor, list[Tensor], 
     count = module.num_layers * (1 + module.bidirectional)
     dtype = next(module.parameters()).dtype
     x = torch.randn(STEPS, BATCH, FEATURES).to(dtype)
-    states = [torch.randn(count, BATCH, HIDDEN).to(dtype).requires_grad_() for _ in range(1 + module.cell.carries)]
+    sizes = [module.proj_size or module.hidden_size, module.hidden_size][: 1 + module.cell.carries]
+    states = [torch.randn(count, BATCH, n).to(dtype).requires_grad_() for n in sizes]
     if not packed:
         x.requires_grad_()
         return x, states, None, x
@@ -244,7 +248,8 @@ def _check_layers(
     with strategy:
         found = _ran(module, packed, scale)
     form = "packed batch" if packed else "dense batch"
-    size = f"T={STEPS}, B={BATCH}, H={HIDDEN}, {module.num_layers} layers" + ", both directions" * module.bidirectional
+    size = f"T={STEPS}, B={BATCH}, H={module.hidden_size}, {module.num_layers} layers"
+    size += ", both directions" * module.bidirectional
     mode = "" if training else ", evaluation"
     what = f"cell {cell.name!r}, {check}: {precision} by {way}, {form} of {size}{mode}"
     _compare(what, found, _expected(module, packed), precision)
@@ -270,6 +275,12 @@ def _by(way: str) -> Callable[[Cell], None]:
         _check_layers(cell, way, way, **_PACKED)
 
     return check
+
+
+def _check_cooperative(cell: Cell) -> None:
+    if not cell.whole_rows and not dispatch.interpreting():  # whose programs run one after the other, and would wait
+        for options in (_PLAIN, _PACKED):
+            _check_layers(cell, "cooperative", "cooperative", hidden=SHARED_HIDDEN, **options)
 
 
 def _check_linear(cell: Cell) -> None:
@@ -300,6 +311,12 @@ def _check_zoneout(cell: Cell) -> None:
 def _check_recompute(cell: Cell) -> None:
     for way in ("eager", "persistent"):
         _check_layers(cell, "recompute", way, recompute=3, **_PACKED)
+
+
+def _check_projections(cell: Cell) -> None:
+    if cell.output_torch is not None:
+        for way in ("eager", "persistent", "step"):
+            _check_layers(cell, "projections", way, proj_size=3, **_PACKED)
 
 
 def _check_double_backward(cell: Cell) -> None:
@@ -386,12 +403,14 @@ CHECKS: dict[str, Callable[..., None]] = {
     "eager": _by("eager"),
     "persistent": _by("persistent"),
     "step": _by("step"),
+    "cooperative": _check_cooperative,
     "linear": _check_linear,
     "float32": _in("fp32"),
     "bf16": _in("bf16"),
     "recurrent dropout": _check_recurrent_dropout,
     "zoneout": _check_zoneout,
     "recompute": _check_recompute,
+    "projections": _check_projections,
     "double backward": _check_double_backward,
     "machine code": _check_machine_code,
 }

@@ -92,8 +92,8 @@ def test_built_in_cells(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["lstm-norm", "lstm-coupled-peephole"])
-def test_built_in_cells_with_dropouts(name: str) -> None:
-    check_cell(of(name), checks=["recurrent dropout", "zoneout", "recompute"])
+def test_built_in_cells_with_options(name: str) -> None:
+    check_cell(of(name), checks=["recurrent dropout", "zoneout", "projections"])
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -218,6 +218,14 @@ def test_clipping_is_caught() -> None:
     check_cell(cell, checks=["persistent"])
     with pytest.raises(AssertionError, match="linear: fp64 by persistent, .*: relative error of d"):
         check_cell(cell, checks=["linear"])
+
+
+def test_a_wrong_output_is_caught() -> None:
+    """Of a cell with projections; without them nothing uses it."""
+    cell = replace(of("lstm-peephole"), name="lstm-output", output_torch=lambda saved, c, parameters: saved[3] * c)
+    check_cell(cell, checks=["eager"])
+    with pytest.raises(AssertionError, match="projections: fp64 by eager, .*: relative error of dweight_hr_l0"):
+        check_cell(cell, checks=["projections"])
 
 
 def test_a_missing_second_derivative_is_caught() -> None:
