@@ -461,10 +461,8 @@ class Call:
             ]
         return found
 
-    def compare(
-        self, cell: Cell, device: torch.device, dtype: torch.dtype = torch.float32, trains: bool = True
-    ) -> None:
-        """Outputs, states and all gradients, without `trains` not the weights', with `reference.stack` in float64.
+    def compare(self, cell: Cell, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """Outputs, states and all gradients with those of `reference.stack` in float64.
 
         Zoneout is left out for cells that don't carry c, which have none.
         """
@@ -496,19 +494,18 @@ class Call:
             )  # fmt: skip
 
         found, expected = (
-            outputs_and_gradients(run, [t.to(kind) for t in wanted], cell, trains)
+            outputs_and_gradients(run, [t.to(kind) for t in wanted], cell)
             for run, kind in ((ours, dtype), (plain, torch.float64))
         )
         assert_close(found, expected, dtype)
 
 
-def outputs_and_gradients(run: Any, given: list[Tensor], cell: Cell, trains: bool) -> dict[str, Tensor]:
-    wanted = [t.clone().requires_grad_() for t in (given if trains else given[: 2 + cell.carries])]
-    given = wanted + given[len(wanted) :]
+def outputs_and_gradients(run: Any, given: list[Tensor], cell: Cell) -> dict[str, Tensor]:
+    given = [t.clone().requires_grad_() for t in given]
     outputs = run(*given) if cell.carries else run(*given[:2], *given[1:])
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
-    gradients = torch.autograd.grad(outputs, wanted, weights)
+    gradients = torch.autograd.grad(outputs, given, weights)
     named = {f"output {k}": y for k, y in enumerate(outputs)} | {f"gradient {k}": g for k, g in enumerate(gradients)}
     return {name: t.detach() for name, t in named.items()}
 
@@ -564,10 +561,8 @@ def test_cells_in_other_dtypes(name: str, dtype: torch.dtype, device: torch.devi
     "name,chunk", [("lstm", 2), ("lstm-peephole", 0), ("lstm-coupled", 0), ("lstm-carousel-peephole", 0)]
 )
 def test_projections_of_cells(name: str, chunk: int, device: torch.device, launches: Launches) -> None:
-    """The gradient of weight_hr, made outside of the kernels, is that of four gates alone (`lstm_triton.ops`)."""
-    cell = cells.of(name)
     with planning.force("cooperative"):
-        Call(packed=True, size=7, chunk=chunk).compare(cell, device, trains=cell.sums == 4)
+        Call(packed=True, size=7, chunk=chunk).compare(cells.of(name), device)
     assert len(launches) == (12 if chunk else 4)
 
 
