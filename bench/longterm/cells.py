@@ -10,13 +10,14 @@ from lstm_triton import TritonGRU, TritonLSTM, TritonRNN
 
 
 class Cell(NamedTuple):
-    """A layer under test: what plots and tables call it, its colour and mark, how it is made, how its gates begin."""
+    """A layer under test: its name in plots and tables, its colours and marks, how it is made, how its gates begin."""
 
     label: str
     colour: str  # Okabe and Ito's, which colour-blind readers tell apart
     marker: str
     make: Callable[[int, int], nn.Module]  # of input size and hidden size
     begin: Callable[[nn.Module, int, Generator], None]  # the module, the longest lag in time steps
+    dashes: str = "-"
 
 
 def states(hx: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -68,5 +69,5 @@ CELLS = {
     "lstm1997": Cell("LSTM of 1997", "#009E73", "^", lambda i, h: TritonLSTM(i, h, forget_gate=False), chrono_lstm),
     "lstm": Cell("LSTM", "#D55E00", "s", TritonLSTM, chrono_lstm),
     "gru": Cell("GRU", "#0072B2", "D", TritonGRU, chrono_gru),
-    "lstm-plain": Cell("LSTM, PyTorch's initialisation", "#CC79A7", "v", TritonLSTM, as_made),
+    "lstm-plain": Cell("LSTM, PyTorch's initialisation", "#CC79A7", "v", TritonLSTM, as_made, "--"),
 }

@@ -125,7 +125,7 @@ def error_plot(records: Records, problem: str) -> Figure:
                 if not own:
                     continue
                 steps, errors = [row["step"] for row in own], [row["error"] for row in own]
-                panel.plot(steps, errors, color=CELLS[cell].colour, lw=1, alpha=0.8)
+                panel.plot(steps, errors, CELLS[cell].dashes, color=CELLS[cell].colour, lw=1, alpha=0.8)
                 if job_of(own[0]) in met:
                     panel.plot(steps[-1], errors[-1], CELLS[cell].marker, color=CELLS[cell].colour, ms=6)
         panel.axhline(limit, color="#777777", ls="--", lw=1)
@@ -137,7 +137,7 @@ def error_plot(records: Records, problem: str) -> Figure:
         panel.set_visible(False)
     for panel in panels[-1]:
         panel.set_xlabel("training steps")
-    handles = [_handle(cell, marker=CELLS[cell].marker) for cell in cells]
+    handles = [_handle(cell, marker=CELLS[cell].marker, ls=CELLS[cell].dashes) for cell in cells]
     handles.append(Line2D([], [], color="#777777", ls="--", label=f"criterion's bound of the error, {limit:g}"))
     handles.append(Line2D([], [], color="#777777", ls=":", lw=1.4, label="best answer without looking"))
     figure.supylabel("mean squared error", fontsize=10)

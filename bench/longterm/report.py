@@ -16,6 +16,7 @@ from bench.tables import table
 matplotlib.use("Agg")
 
 CLAIM_PROBLEM, CLAIM_LENGTH, CLAIM_SEEDS = "adding", 200, 3
+IN_SHORT = ("rnn-0.5", "rnn-1.5", "lstm1997", "lstm", "lstm-5")  # curves that show all there is to see
 
 
 def write(records: Records) -> Path:
@@ -41,7 +42,7 @@ def text(records: Records) -> list[str]:
     if records.gradients:
         parts.append(gradients_in_short(records.gradients))
     if records.runs:
-        parts.append(claim(records))
+        parts += [jobs_in_short(records.runs), claim(records)]
     if records.gradients:
         parts += ["## Gradient against the lag", *gradient_text(records)]
     if records.runs:
@@ -75,9 +76,17 @@ def claim(records: Records) -> str:
 
 def gradients_in_short(rows: list[Row]) -> str:
     lag = min(100, max(row["lag"] for row in rows))
-    at = {row["curve"]: f"{10 ** row['log10_mean']:.1g}" for row in rows if row["lag"] == lag}
-    shown = ", ".join(f"{gradients.CURVES[name].label}: {value}" for name, value in at.items())
-    return f"The gradient {lag} steps back, relative to that of the last step, in networks not trained: {shown}."
+    at = {row["curve"]: f"{10 ** row['log10_mean']:.2g}" for row in rows if row["lag"] == lag}
+    shown = "; ".join(f"{gradients.CURVES[name].label}: {at[name]}" for name in IN_SHORT if name in at)
+    return f"The gradient {lag} steps back, relative to that at the last step, in networks not trained: {shown}."
+
+
+def jobs_in_short(rows: list[Row]) -> str:
+    counts = []
+    for cell in dict.fromkeys(row["cell"] for row in rows):
+        own = [row["met"] for row in rows if row["cell"] == cell]
+        counts.append(f"{CELLS[cell].label}: {sum(own)} of {len(own)}")
+    return f"Jobs (a problem, a length, a seed) that met the paper's criterion: {'; '.join(counts)}."
 
 
 def gradient_text(records: Records) -> list[str]:
@@ -113,7 +122,7 @@ def problem_text(records: Records, name: str) -> list[str]:
         f"### {problem.title.capitalize()}",
         f"![training error]({plots.errors_name(name)})",
         "Seeds that met the criterion, the median of their numbers of training steps, lowest to highest "
-        f"(sequences: times {records.settings.batch}):",
+        f"(sequences: times {records.settings.batch}; –: not run):",
         table(["", *(f"T = {t}" for t in lengths)], lines),
         f"Of {records.settings.tests:,} fresh sequences each network that met it then gets wrong:",
         table(["", *(f"T = {t}" for t in lengths)], wrong),
@@ -173,11 +182,17 @@ def departures(records: Records) -> list[str]:
 def sessions(records: Records) -> str:
     """What was run where."""
     names = ("command", "workers", "jobs", "device", "torch", "triton", "python", "commit", "date")
-    first = ["command", "workers, a thread each", "jobs", *names[3:]]
+    first = ["command", "workers, a thread each", "jobs to do", *names[3:]]
     seconds = sum(row["seconds"] for row in records.runs)
-    columns = zip(*([str(session[name]) for name in names] for session in records.sessions), strict=True)
+    # The command as code, for Markdown makes one dash of two.
+    cells = [{**session, "command": f"`{session['command']}`"} for session in records.sessions]
+    columns = zip(*([str(session[name]) for name in names] for session in cells), strict=True)
     lines = [[name, *values] for name, values in zip(first, columns, strict=True)]
-    spent = f"Training took {seconds / 60:.0f} minutes in all, summed over {len(records.runs)} jobs."
+    spent = (
+        f"{len(records.runs)} jobs of {seconds / 60:.0f} minutes in all by the clock, whatever else the machine did."
+    )
+    if len(records.sessions) > 1:
+        spent += " What a session that was stopped early had left to do, the next did as far as it was asked to."
     return f"{spent}\n\n{table(['', *([''] * len(records.sessions))], lines)}"
 
 
