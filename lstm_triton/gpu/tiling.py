@@ -6,6 +6,7 @@ the audit of the machine code compare them.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -42,6 +43,7 @@ STEP = (
 # The same of cells that look at whole rows: inner dimensions. Tiles have all units, and the fewest rows that products
 # take.
 WHOLE_STEP = (64, 32, 16)
+WHOLE_THREADS = 256  # of a program: twice as many spill on AMD, half as many sooner everywhere
 # Registers of a thread for what isn't tiles in such a kernel, as compiled (sm_90).
 OTHER_REGISTERS = 64
 # The most that a thread can have, AMD's with the accumulators.
@@ -106,14 +108,14 @@ def operand_registers(plan: Plan, work: Work, backward: bool) -> float:
     return plan.block_b * inner * work.dtype.itemsize / 4 / (32 * plan.num_warps)
 
 
-def row_registers(plan: Plan, work: Work) -> float:
+def row_registers(gpu: Gpu, plan: Plan, work: Work) -> float:
     """Registers of a thread where a cell looks at whole rows, which all its tiles of a row have to be there for.
 
-    That is as compiled for sm_90: 204 and 317 for an LSTM with layer norm in backward, 8 and 16 elements of a tile a
+    About as compiled, for sm_90: 204 and 317 for an LSTM with layer norm in backward, 8 and 16 elements of a tile a
     thread, here 192 and 320; 254 in inference with 16, here 240.
     """
     tiles = work.cell.sums + (work.kept if work.training else 3)
-    size = plan.block_b * plan.block_h / (32 * plan.num_warps) * max(1, work.dtype.itemsize / 4)
+    size = plan.block_b * plan.block_h / (gpu.limits.warp * plan.num_warps) * max(1, work.dtype.itemsize / 4)
     return tiles * size + OTHER_REGISTERS
 
 
@@ -128,7 +130,7 @@ def misfit(gpu: Gpu, plan: Plan, work: Work) -> str:
         return f"{weight_bytes(plan, work) / KIB:,.0f} KiB of weights, a program keeps {PERSISTENT_BYTES // KIB}"
     if work.cell.whole_rows:
         threads, least = plan.num_warps * gpu.limits.warp, NVIDIA_REGISTERS if gpu.is_nvidia else AMD_REGISTERS
-        there, registers = min(least, gpu.limits.registers // threads), row_registers(plan, work)
+        there, registers = min(least, gpu.limits.registers // threads), row_registers(gpu, plan, work)
         if registers > there:
             return f"{registers:.0f} registers of a thread wanted for whole rows of units, {there} there"
     if plan.strategy == "cooperative":
@@ -186,8 +188,8 @@ def _count(plan: Plan, work: Work) -> int:
 def _persistent(gpu: Gpu, work: Work, layers: int, forced: bool) -> Iterator[Plan]:
     plan = Plan("persistent", 16, tile(work.hidden), tile(work.size), 4)
     # tl.dot takes 16 rows or more; more programs with few rows each hide latency better.
-    few = weight_bytes(plan, work) <= 32 * KIB and not work.cell.whole_rows
-    yield plan if few else Plan("persistent", 16, plan.block_h, plan.block_k, 8)
+    warps = 4 if weight_bytes(plan, work) <= 32 * KIB else 8
+    yield replace(plan, num_warps=WHOLE_THREADS // gpu.limits.warp if work.cell.whole_rows else warps)
 
 
 def _folds(work: Work) -> bool:
@@ -218,11 +220,14 @@ def _cooperative(gpu: Gpu, work: Work, layers: int, forced: bool) -> Iterator[Pl
 def _step(gpu: Gpu, work: Work, layers: int, forced: bool) -> Iterator[Plan]:
     if work.cell.whole_rows:
         for inner in WHOLE_STEP:
-            yield Plan("step", 16, tile(work.hidden), min(tile(work.size), inner), 8, num_stages=2)
+            warps = WHOLE_THREADS // gpu.limits.warp
+            yield Plan("step", 16, tile(work.hidden), min(tile(work.size), inner), warps, num_stages=2)
         return
     for rows, units, inner, warps, stages in STEP:
         if rows > tile(work.batch) or (rows > 16 and not gpu.is_nvidia and work.dtype.itemsize > 2):
             continue  # in float32 it spills on AMD
+        if gpu.target == "sm_100" and (rows, units) == (16, 32) and not work.cell.is_plain:
+            continue  # in backward it spills there
         units, inner = min(tile(work.hidden), units), min(tile(work.size), inner)
         yield Plan("step", rows, units, inner, warps, num_stages=stages)
 
