@@ -128,8 +128,8 @@ def qualify(strategy: str, name: str, projected: bool, device: torch.device, cel
 def check(case: Case, strategy: str, name: str, device: torch.device, cell: str = "lstm") -> str | None:
     """What is wrong with a strategy on a layer, in words; None if nothing is. Arguments as of `state`."""
     atol, rtol = TOLERANCES[name]
-    compared = _Compared(case, DTYPES[name], device, cells.of(cell))
     with _undisturbed(name, device), planning.force(strategy):
+        compared = _Compared(case, DTYPES[name], device, cells.of(cell))
         pairs = compared.both()
         for what, (found, expected) in pairs.items():
             error = error_of(found, expected, partial(compared.apart, NOISE * atol, what), atol, rtol)
