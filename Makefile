@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 READY = $(VENV)/.ready
 RUN = $(VENV)/bin/python -m
-INTERPRETED = $(addprefix tests/test_,values.py dropout.py recompute.py grid_simulator.py races.py bounds.py)
+INTERPRETED = $(addprefix tests/test_,values.py cells.py dropout.py recompute.py grid_simulator.py races.py bounds.py)
 
 .PHONY: bench test lint smoke matrix clean
 
@@ -12,8 +12,8 @@ bench: $(READY)
 
 # Natively on a CPU, or on a GPU; then a part in Triton's interpreter.
 test: $(READY)
-	$(RUN) pytest
-	TRITON_INTERPRET=1 $(RUN) pytest -m interpreted $(INTERPRETED)
+	$(RUN) pytest -n auto --dist worksteal
+	TRITON_INTERPRET=1 $(RUN) pytest -n auto --dist worksteal -m interpreted $(INTERPRETED)
 
 lint: $(READY)
 	$(RUN) ruff check .

@@ -22,7 +22,8 @@ import triton.language as tl  # noqa: E402
 from address_checker import Checked, OutOfBounds  # noqa: E402
 
 from checks import Case, forced, results  # noqa: E402
-from lstm_triton import functional, kernels, launching, planning  # noqa: E402
+from lstm_triton import TritonRNNBase, functional, kernels, launching, planning  # noqa: E402
+from lstm_triton.cells import of  # noqa: E402
 from lstm_triton.cpu import build  # noqa: E402
 from lstm_triton.kernels import barrier  # noqa: E402
 from lstm_triton.recurrence import Layer  # noqa: E402
@@ -53,10 +54,25 @@ class Call:
     given: int = 0  # steps of a recurrent dropout mask that is given
     trains: bool = True
     dtype: torch.dtype = torch.float32
+    cell: str = "lstm"
+
+    def make(self, device: torch.device) -> Any:
+        """The module, which takes and returns (h, c), whatever its cell has."""
+        arguments: dict[str, Any] = self.case.arguments | self.options
+        module = TritonRNNBase(of(self.cell), **arguments, device=device, backend="triton").to(self.dtype)
+        if not module.cell.carries:
+            call = module.forward
+
+            def paired(x: Tensor, hx: tuple[Tensor, Tensor]) -> tuple[Any, tuple[Tensor, Tensor]]:
+                y, hn = call(x, hx[0])
+                return y, (hn, hx[1] * 1)
+
+            module.forward = paired  # type: ignore[assignment, method-assign]
+        return module
 
     def run(self, way: str, device: torch.device = CPU, small: bool = False) -> dict[str, Tensor]:
         """Outputs and gradients; small: in tiles of which a batch and, where it may be, H take several."""
-        _, ours = self.case.modules(device, self.dtype, backend="triton", **self.options)
+        ours = self.make(device)
         x, h, c = self.case.inputs(device, self.dtype)
         if self.given:
             directions = 2 if self.case.bidirectional else 1
@@ -75,6 +91,8 @@ class Call:
         def chosen(layer: Layer) -> planning.Plan:
             plan = choose(layer)
             tiles = {"block_b": 4, "block_h": 8, "block_k": 8} if plan.strategy == "step" else {"block_b": 4}
+            if layer.cell.whole_rows:
+                tiles.pop("block_h", None)
             return replace(plan, **(tiles | self.plan))
 
         with pytest.MonkeyPatch.context() as patch:
@@ -102,6 +120,12 @@ CALLS = [
     Call(Case(**ODD, proj_size=9), given=1),
     Call(Case(**ODD, bidirectional=True, bias=False, form="packed"), trains=False),
 ]
+# Zoneout and vectors of parameters, sums that begin with a bias or have no product with h, layer norm.
+CELLS = [
+    Call(Case(**ODD, bidirectional=True, form="packed"), {"zoneout": 0.3, "recompute": 2}, cell="lstm-peephole"),
+    Call(Case(**ODD, bidirectional=True), {"recurrent_dropout": 0.4}, cell="gru"),
+    Call(Case(**ODD, bidirectional=True), cell="lstm-norm"),
+]
 COOPERATIVE = [  # the inner dimension in two blocks, in slices, without tensor cores
     Call(Case(hidden_size=37, batch=5, steps=2, bidirectional=True), dtype=torch.bfloat16),
     Call(Case(hidden_size=72, batch=5, steps=2), plan={"slices": 2}),
@@ -116,12 +140,12 @@ WAVEFRONT = [
 STRATEGIES = {
     "persistent": (
         (kernels.persistent,),
-        {"persistent": CALLS, "fused": [call for call in CALLS if not call.case.proj_size]},
+        {"persistent": CALLS + CELLS, "fused": [call for call in CALLS if not call.case.proj_size] + CELLS},
     ),
-    "step": ((kernels.step,), {"step": CALLS}),
+    "step": ((kernels.step,), {"step": CALLS + CELLS}),
     "cooperative": (
         (kernels.cooperative, kernels.cooperative_backward),
-        {"cooperative": CALLS + COOPERATIVE, "wavefront": WAVEFRONT},
+        {"cooperative": CALLS + CELLS[:2] + COOPERATIVE, "wavefront": WAVEFRONT},
     ),
 }
 # Tensors of whose end a kernel has no use: the rows' lengths behind the steps' places, the last layer's own place.

@@ -1,6 +1,8 @@
 """The README's cell of one's own: the same as in bench/own_cell.py, right, and it learns."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -45,3 +47,21 @@ def test_it_learns() -> None:
 
 def test_it_is_no_other_cell() -> None:
     assert MinimalGatedUnit(2, 3).cell is MGU and not MGU.is_plain and MGU.operator is None
+
+
+def test_no_cell_takes_the_name_of_another() -> None:
+    """Not even where the cells that come along weren't used before."""
+    program = """
+from dataclasses import replace
+from bench.own_cell import MGU
+from lstm_triton import TritonGRU
+from lstm_triton.cells import register
+try:
+    register(replace(MGU, name="gru"))
+except ValueError as error:
+    print(error)
+print(TritonGRU(2, 3))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "another cell is called 'gru'" in done.stdout and "TritonGRU(2, 3)" in done.stdout

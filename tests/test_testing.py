@@ -7,53 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from lstm_triton import TritonRNNBase, testing
+from bench.own_cell import MGU, MinimalGatedUnit, backward, forward_torch
+from lstm_triton import testing
 from lstm_triton.cells import Cell, of
 from lstm_triton.cells.cell import Parameter
 from lstm_triton.cells.jit import normalized, tanh, through_norm, tl, triton
 from lstm_triton.gpu import machine_code
 from lstm_triton.testing import check_cell
-
-# A cell of one's own, from here …
-
-
-@triton.jit
-def forward(sums, h, parameters):
-    f = tl.sigmoid(sums[0])
-    n = tanh(sums[1] + f * sums[2])
-    new = h + f * (n - h)
-    return (f, n, sums[2]), new, new
-
-
-def forward_torch(sums, h, parameters):
-    f = sums[0].sigmoid()
-    n = (sums[1] + f * sums[2]).tanh()
-    new = h + f * (n - h)
-    return (f, n, sums[2]), new, new
-
-
-def backward(saved, h, h_prev, dq, dc, parameters):
-    f, n, h_n = saved
-    da_n = (dq + dc) * f * (1 - n * n)
-    da_f = ((dq + dc) * (n - h_prev) + da_n * h_n) * f * (1 - f)
-    return (da_f, da_n, da_n * f), (dq + dc) * (1 - f), ()
-
-
-# f and n have products with the input, f and h_n with h. Backward is arithmetic alone, the same for all tensors.
-MGU = Cell(
-    "mgu", sums=3, inputs=2, recurrent=(0, 2), saved=("f", "n", "h_n"), carries=False, forward=forward,
-    backward=triton.jit(backward), forward_torch=forward_torch, backward_torch=backward,
-)  # fmt: skip
-
-
-class MinimalGatedUnit(TritonRNNBase):
-    """f = σ(x_f + h_f), n = tanh(x_n + f ⊙ h_n), h = (1 - f) ⊙ h + f ⊙ n (Zhou et al. 2016, f on the product)."""
-
-    def __init__(self, input_size: int, hidden_size: int, **options: Any) -> None:
-        super().__init__(MGU, input_size, hidden_size, **options)
-
-
-# … to here.
 
 
 def test_a_cell_of_ones_own() -> None:

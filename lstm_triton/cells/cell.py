@@ -16,7 +16,7 @@ what forward gets as c is the h before the step, in full precision, and what it 
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 
@@ -131,6 +131,7 @@ class Cell:
 
 
 _cells: dict[str, Cell] = {}
+_OWN = ("lstm", "gru", "rnn")  # the modules of the cells that come along, which import Triton
 
 
 def register(cell: Cell) -> Cell:
@@ -139,6 +140,8 @@ def register(cell: Cell) -> Cell:
     Raises:
         ValueError: another cell has the name.
     """
+    if cell.forward is None or cell.forward.__module__ not in {f"{__package__}.{module}" for module in _OWN}:
+        _load()  # these have their names first
     if _cells.setdefault(cell.name, cell) is not cell:
         raise ValueError(f"another cell is called {cell.name!r}: a cell's name should be its own")
     return cell
@@ -150,9 +153,15 @@ def of(name: str) -> Cell:
     Raises:
         ValueError: none is registered.
     """
-    if name not in _cells:  # the own ones are made on first use: they import Triton
-        for module in ("lstm", "gru", "rnn"):
-            importlib.import_module(f"lstm_triton.cells.{module}")
+    if name not in _cells:
+        _load()
     if name not in _cells:
         raise ValueError(f"no cell is registered as {name!r}; known: {', '.join(sorted(_cells))}")
     return _cells[name]
+
+
+@cache
+def _load() -> None:
+    """Makes the cells that come along."""
+    for module in _OWN:
+        importlib.import_module(f"{__package__}.{module}")
