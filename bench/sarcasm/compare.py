@@ -30,6 +30,8 @@ matplotlib.use("Agg")
 
 BATCHES = 200  # timed of each cell
 WARM_UP = 10
+# Points of accuracy below the best that a plot shows: a cell that learns nothing would squeeze the others.
+POINTS_SPAN, CURVES_SPAN = 3.0, 12.0
 
 
 def compare(
@@ -116,40 +118,60 @@ def best(rows: list[dict[str, float]]) -> dict[str, float]:
     return max(rows, key=lambda row: row["test_accuracy"])
 
 
+def last(rows: list[dict[str, float]]) -> dict[str, float]:
+    return rows[-1]
+
+
 def draw(path: Path, runs: dict[str, Runs], synthetic: bool) -> None:
     """900 pixels wide: every seed's best and last accuracy beside its cell; the mean curves over the epochs."""
     figure = Figure(figsize=(9, 8.5), dpi=100, layout="constrained")
     points, curves = figure.subplots(2, 1, height_ratios=(1, 1.1))
-    names = list(runs)
-    kinds = (("best epoch", best, "tab:blue", -0.16), ("last epoch", lambda rows: rows[-1], "tab:orange", 0.16))
-    for label, choose, colour, offset in kinds:
-        for k, name in enumerate(names):
-            values = [choose(rows)["test_accuracy"] for rows in runs[name]]
-            once = label if k == 0 else None
-            points.plot(values, [k + offset] * len(values), "o", color=colour, alpha=0.6, label=once)
-            points.plot([statistics.mean(values)], [k + offset], "|", color=colour, markersize=13, markeredgewidth=2.5)
-    points.set_yticks(range(len(names)), names)
-    points.invert_yaxis()
-    points.set_xlabel("test accuracy (%): points are seeds, bars their mean")
-    points.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    points.grid(alpha=0.3, axis="x")
     points.set_title("Sarcasm, published recipe with other cells" + (" (SYNTHETIC data)" if synthetic else ""))
+    draw_points(points, runs)
     draw_curves(curves, runs)
+    for axes in (points, curves):
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.savefig(path)
 
 
+def draw_points(axes: Axes, runs: dict[str, Runs]) -> None:
+    """A line a cell; what is more than POINTS_SPAN below the highest is written."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for label, choose, colour, offset in (("best epoch", best, "C0", -0.16), ("last epoch", last, "C1", 0.16)):
+        for k, name in enumerate(runs):
+            values = [choose(rows)["test_accuracy"] for rows in runs[name]]
+            found[name] += values
+            once = label if k == 0 else None
+            axes.plot(values, [k + offset] * len(values), "o", color=colour, alpha=0.6, label=once)
+            axes.plot([statistics.mean(values)], [k + offset], "|", color=colour, markersize=13, markeredgewidth=2.5)
+    highest = max(max(values) for values in found.values())
+    lowest = highest - POINTS_SPAN
+    for k, values in enumerate(found.values()):
+        below = [value for value in values if value < lowest]
+        if below:
+            text = f"← {len(below)} of {len(values)} points at {min(below):.1f} to {max(below):.1f} %"
+            axes.annotate(text, (lowest, k), (5, 0), textcoords="offset points", va="center")
+    axes.set_xlim(lowest, highest + 0.1)
+    axes.set_xlabel("test accuracy (%): points are seeds, bars their mean")
+    axes.set_yticks(range(len(found)), found)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, axis="x")
+
+
 def draw_curves(axes: Axes, runs: dict[str, Runs]) -> None:
-    """Test accuracy per epoch, the mean over a cell's seeds."""
+    """Test accuracy per epoch, the mean over a cell's seeds, down to CURVES_SPAN below the highest."""
+    highest = 0.0
     for k, (name, seeds) in enumerate(runs.items()):
         means = [statistics.mean(row["test_accuracy"] for row in rows) for rows in zip(*seeds, strict=True)]
+        highest = max(highest, *means)
         style = "o" if len(means) == 1 else ("-", "--", ":")[k % 3]
         colour, width = ("black", 2.2) if name == LSTM else (f"C{k}", 1.5)
         axes.plot(range(1, len(means) + 1), means, style, color=colour, linewidth=width, label=name)
+    axes.set_ylim(highest - CURVES_SPAN, highest + 0.5)
     axes.set_xlabel("epoch")
     axes.set_ylabel("test accuracy (%), mean of the seeds")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def markdown(summaries: dict[str, dict[str, Any]], runs: dict[str, Runs], times: dict[str, Any]) -> str:
@@ -170,8 +192,8 @@ def markdown(summaries: dict[str, dict[str, Any]], runs: dict[str, Runs], times:
     parts.append(
         "Accuracies are mean ± sample standard deviation over the seeds; in brackets the epochs that were best. "
         f"A training step is the median of {times['batches']} batches (20th to 80th percentile), the cells in turns "
-        "in one process; seconds an epoch are the median over all epochs, training and test, one cell after another, "
-        "beside other work on the machine."
+        "in one process. Seconds an epoch, training and test, are the median over all epochs, one cell after another: "
+        "they say what else the machine did at the time, too."
     )
     parts.append("## The cells")
     parts.append("Recurrent dropout and the two biases, as the recipe has them, all cells have.")
@@ -194,7 +216,7 @@ def results(summaries: dict[str, dict[str, Any]], runs: dict[str, Runs], times: 
                 f"{timed_cell['parameters']:,}",
                 str(len(summary["seeds"])),
                 f"{spread([row['test_accuracy'] for row in tops], 2)} ({', '.join(epochs)})",
-                spread([rows[-1]["test_accuracy"] for rows in runs[name]], 2),
+                spread([last(rows)["test_accuracy"] for rows in runs[name]], 2),
                 f"{ms['median']:.2f} ({ms['p20']:.2f}–{ms['p80']:.2f})",
                 f"{ms['median'] / lstm['ms']['median']:.2f}" if lstm else "–",
                 f"{statistics.median(row['seconds'] for rows in runs[name] for row in rows):.1f}",
