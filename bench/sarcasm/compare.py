@@ -228,7 +228,7 @@ def results(summaries: dict[str, dict[str, Any]], runs: dict[str, Runs], times: 
 
 
 def run_table(summaries: dict[str, dict[str, Any]], times: dict[str, Any]) -> str:
-    """What was run where: each value that the cells and the timing share once, else all of them."""
+    """What was run where: a value that all cells and the timing share once, else all of them."""
     environments = [*(summary["environment"] for summary in summaries.values()), times["environment"]]
     first = next(iter(summaries.values()))
     seeds = sorted({seed for summary in summaries.values() for seed in summary["seeds"]})
@@ -238,6 +238,8 @@ def run_table(summaries: dict[str, dict[str, Any]], times: dict[str, Any]) -> st
         f"{first['backend']} --epochs {first['epochs']} --seeds {' '.join(map(str, seeds))}{data}"
     )
     lines = [["command", f"`{command}`"], ["data", f"{first['data']}, sha256 `{first['data_sha256'][:12]}…`"]]
-    for key in ("device", "threads", "torch", "triton", "python", "commit", "date"):
+    for key in ("device", "threads", "torch", "triton", "python", "commit"):
         lines.append([key, ", ".join(dict.fromkeys(str(environment[key]) for environment in environments))])
+    dates = sorted(environment["date"] for environment in environments)
+    lines.append(["dates", f"{dates[0]} to {dates[-1]}"])
     return table(["", ""], lines)
