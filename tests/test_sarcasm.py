@@ -55,7 +55,7 @@ def forms() -> dict[str, bytes]:
         "lines.json": "\n".join(json.dumps(r, ensure_ascii=False) for r in records).encode(),
         "table.csv": text.getvalue().encode(),
     }
-    return plain | {f"{name}.gz": gzip.compress(content) for name, content in plain.items()}
+    return plain | {f"{name}.gz": gzip.compress(content, mtime=0) for name, content in plain.items()}
 
 
 def command(*arguments: object) -> int:
