@@ -56,8 +56,8 @@ ENTRIES = (
     Entry("LSTM, weight dropout", TritonLSTM, {"weight_dropout": P_WEIGHT}, cell_loops.lstm, WeightDropped),
     Entry("GRU", TritonGRU, {}, cell_loops.gru),
     Entry("RNN, tanh", TritonRNN, {}, cell_loops.rnn_tanh),
-    Entry("minimal gated unit", MinimalGatedUnit, {}, cell_loops.minimal_gated_unit),
     Entry("RNN, relu", TritonRNN, {"nonlinearity": "relu"}, cell_loops.rnn_relu),
+    Entry("minimal gated unit", MinimalGatedUnit, {}, cell_loops.minimal_gated_unit),
 )
 
 
