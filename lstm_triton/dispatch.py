@@ -66,8 +66,8 @@ def _by_rule(call: Call) -> tuple[str, str]:
     lacks = "recurrent dropout" if drops else operator_lacks(options)
     if lacks:
         why = f"PyTorch's operator has no {lacks}"
-    if input.is_cuda and compiling and has_triton():
-        return "triton", why
+    if input.is_cuda and compiling and has_triton() and not cells.of(options.cell).whole_rows:
+        return "triton", why  # of cells that look at whole rows no plan may fit, which isn't looked for here
     on_cpu = input.device.type == "cpu"
     if on_cpu and not compiling and has_native():
         (_, batch, size), hidden, directions = call.hx[0].shape, call.hx[1].size(2), 1 + options.bidirectional

@@ -72,8 +72,11 @@ def of(layer: Layer) -> Plan:
     """
     if layer.plan is not None:
         return replace(layer.plan, layers=1)
-    plan = _chosen(layer, planning.forced())
-    if plan.strategy == "cooperative" and (layer.cell.whole_rows or not _folds(layer)):
+    strategy = planning.forced()
+    if strategy == "cooperative" and layer.cell.whole_rows:
+        strategy = "step"
+    plan = _chosen(layer, strategy)
+    if plan.strategy == "cooperative" and not _folds(layer):
         return _chosen(layer, "step")
     draws = layer.dropout.seed is not None or (layer.zoneout is not None and layer.zoneout.seed is not None)
     return _for_masks(plan) if draws else plan

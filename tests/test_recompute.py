@@ -80,7 +80,11 @@ def test_half(way: str, dtype: torch.dtype, device: torch.device) -> None:
 )
 @pytest.mark.parametrize("way", ["eager", *WAYS])
 def test_masks_are_the_same(way: str, mode: str, form: str, device: torch.device) -> None:
-    """Both kinds of dropout, with a seed: outputs bit for bit (but for eager's products), gradients to rounding."""
+    """Both kinds of dropout, with a seed: what another mask gives is far beyond rounding.
+
+    Outputs are the same bit for bit where kernels make all products; those of a library may depend on how many rows
+    it gets at a time.
+    """
     case = Case(num_layers=2, bidirectional=True, form=form, steps=9, batch=5, input_size=14)
     options = dict(recurrent_dropout=0.3, recurrent_dropout_mode=mode)
     backend = "eager" if way == "eager" else "triton"
@@ -92,7 +96,7 @@ def test_masks_are_the_same(way: str, mode: str, form: str, device: torch.device
             torch.manual_seed(3)
             found.append(results(ours, case, inputs, torch.float32))
     for other in found[1:]:
-        if way != "eager":
+        if way == "fused":
             assert torch.equal(other["output"], found[0]["output"])
         assert_close(other, {name: x.double() for name, x in found[0].items()}, torch.float32)
 
