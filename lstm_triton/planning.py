@@ -41,8 +41,9 @@ RECOMPUTE_SPARE = 1.3
 UNFUSED_ROWS = range(4, 9)
 
 # PyTorch's operators that oneDNN runs on a CPU. The others are loops over time steps in ATen, which kernels beat up to
-# so many weights, as far as was measured (bench/cells.py).
+# so many weights, as far as was measured, and so much padding, which depends on the rows of the batch.
 ONEDNN, MOST_LOOPED_WEIGHTS = ("lstm",), 2 * 1024 * 1024
+LOOPED_SPARE, LOOPED_SPARE_OF_MANY = ((8, 3.2), (32, 1.8)), 1.3
 
 # The largest block of a product's inner dimension that isn't cut in two.
 MOST_INNER = 512
@@ -189,14 +190,12 @@ def pays_on_cpu(
     """
     plan = choose_on_cpu(cell, batch, features, hidden, size, directions, threads)
     weights = _weights(cell, plan.block_h, plan.block_k, _power(features))
-    if size != hidden:
-        return False
-    if cell.operator not in ONEDNN:
-        return weights <= MOST_LOOPED_WEIGHTS
-    if weights > MOST_WEIGHTS:
+    if size != hidden or weights > (MOST_WEIGHTS if cell.operator in ONEDNN else MOST_LOOPED_WEIGHTS):
         return False
     rows = -(-batch // plan.block_b) * plan.block_b
     padding = weights * rows / (_weights(cell, hidden, size, features) * batch)
+    if cell.operator not in ONEDNN:
+        return padding <= next((spare for most, spare in LOOPED_SPARE if batch <= most), LOOPED_SPARE_OF_MANY)
     if packed and batch > 1:
         return padding <= (PACKED_TRAINING_SPARE if records else PACKED_SPARE)
     if recompute and records:

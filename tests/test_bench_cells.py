@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import cell_loops, cells, cells_report
-from lstm_triton import TritonLSTM
+from lstm_triton import TritonGRU, TritonLSTM
 
 
 @pytest.mark.parametrize("entry", cells.ENTRIES, ids=lambda entry: entry.name)
@@ -53,3 +53,14 @@ def test_an_unknown_cell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cells.main(["--only", "LSTN"])
     assert "LSTN" in capsys.readouterr().err
+
+
+def test_auto_weighs_padding_against_the_loop_of_pytorchs_operator() -> None:
+    """72 units cost what 128 do: with few rows kernels win nevertheless, with many PyTorch's loop over the steps."""
+    chosen = {
+        (batch, hidden): cells.chosen(TritonGRU(hidden, hidden), torch.randn(3, batch, hidden))
+        for batch, hidden in ((8, 72), (32, 72), (32, 100), (128, 100), (128, 64))
+    }
+    assert chosen == {
+        (8, 72): "triton", (32, 72): "torch", (32, 100): "triton", (128, 100): "torch", (128, 64): "triton",
+    }  # fmt: skip
