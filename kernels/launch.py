@@ -206,10 +206,10 @@ def _constants(
 
     With the dtype they say the types of the other arguments, too.
     """
-    zoned, inputs = zoneout != "none", tuple(range(cell.inputs))
+    inputs = tuple(range(cell.inputs))
     constants = {
         "D": D, "H": H, "K": K, "SUMS": cell.sums, "INPUTS": inputs, "RECURRENT": cell.recurrent,
-        "BIASED": cell.biases, "SAVED": len(cell.saved), "WIDTH": max(cell.sums, len(cell.saved) + zoned),
+        "BIASED": cell.biases, "SAVED": len(cell.saved), "WIDTH": cell.width(zoneout != "none"),
         "PARAMETERS": cell.vectors, "WHOLE_ROWS": cell.whole_rows,
         "BLOCK_B": plan.block_b, "BLOCK_H": plan.block_h, "BLOCK_K": plan.block_k,
         "HAS_HR": projected, "RAGGED": ragged, "DROPOUT": dropout, "PER_STEP": per_step, "ZONEOUT": zoneout,

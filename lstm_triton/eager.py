@@ -53,22 +53,18 @@ def keep(room: Tensor, saved: Sequence[Tensor], c_new: Tensor, c: Tensor, zone: 
     return torch.lerp(c_new, c, zone[1])
 
 
-def forward_loop(
-    cell: Cell, weight_hh: Tensor, weight_hr: Tensor | None, parameters: tuple[Tensor, ...], start: dict[int, Tensor],
-    layout: Layout, reverse: bool, mask: Tensor | None, zone: tuple[Tensor, Tensor] | None,
-    gates: Tensor, output: Tensor, c_all: Tensor, hn: Tensor, cn: Tensor,
-) -> None:  # fmt: skip
-    """One direction of a window, for any cell; arguments as of `Loop` and:
+def forward_loop(loop: Loop, gates: Tensor, output: Tensor, c_all: Tensor, hn: Tensor, cn: Tensor) -> None:
+    """One direction of a window, for any cell.
 
     Args:
         gates: (n, WH) input products with biases; overwritten by what the cell keeps.
         output, c_all: (n, K), (n, H) to be written: h and c after each step.
         hn, cn: (B, K), (B, H) the states, overwritten by those after the window.
     """
-    loop = Loop(cell, weight_hh, weight_hr, parameters, start, layout, reverse, mask, zone)
-    hidden, w_hh = c_all.size(1), weight_hh.t()
+    cell, weight_hr, start = loop.cell, loop.weight_hr, loop.start
+    hidden, w_hh = c_all.size(1), loop.weight_hh.t()
     order = {k: r for r, k in enumerate(cell.recurrent)}
-    views = [layout.split(x, reverse) for x in (gates.unflatten(1, (-1, hidden)), c_all, output)]
+    views = [loop.layout.split(x, loop.reverse) for x in (gates.unflatten(1, (-1, hidden)), c_all, output)]
     h, c = hn, cn
     for room, c_t, y_t, m_t, z_t in zip(*views, loop.masks(), loop.zones(), strict=True):
         rows, known = c_t.size(0), c.size(0)
@@ -87,7 +83,7 @@ def forward_loop(
                 sums.append(product if begin is None else product + begin)
             else:
                 sums.append(room[:, k])
-        saved, c_new, q = cell.forward_torch(tuple(sums), c, parameters)
+        saved, c_new, q = cell.forward_torch(tuple(sums), c, loop.parameters)
         c_new = keep(room, saved, c_new, c, z_t)
         if z_t is not None:
             q = torch.lerp(q, h, z_t[0])
@@ -98,12 +94,10 @@ def forward_loop(
 
 
 def backward_loop(
-    cell: Cell, weight_hh: Tensor, weight_hr: Tensor | None, parameters: tuple[Tensor, ...], start: dict[int, Tensor],
-    layout: Layout, reverse: bool, mask: Tensor | None, zone: tuple[Tensor, Tensor] | None,
-    gates: Tensor, c: Tensor, c_prev: Tensor, doutput: Tensor, dh: Tensor, dc: Tensor,
+    loop: Loop, gates: Tensor, c: Tensor, c_prev: Tensor, doutput: Tensor, dh: Tensor, dc: Tensor,
     dgates: Tensor, dh_all: Tensor | None, dvectors: Tensor | None,
 ) -> None:  # fmt: skip
-    """One direction of a window, for any cell; arguments as of `Loop` and:
+    """One direction of a window, for any cell.
 
     Args:
         gates, c, c_prev: (n, WH), (n, H) of forward; c_prev is c before each step.
@@ -112,12 +106,12 @@ def backward_loop(
         dgates, dh_all, dvectors: (n, GH), with projections (n, K), with parameters (P, H) to be written (the last one
             to be added to): fields of `Gradients`.
     """
-    loop = Loop(cell, weight_hh, weight_hr, parameters, start, layout, reverse, mask, zone)
+    cell, layout, reverse, weight_hr = loop.cell, loop.layout, loop.reverse, loop.weight_hr
     hidden, count = c.size(1), len(cell.saved)
     recurrent = torch.tensor(cell.recurrent, device=c.device)
     all_sums = cell.recurrent == tuple(range(cell.sums))
     saved = gates.unflatten(1, (-1, hidden))
-    own = c if zone is None else saved[:, count]  # the cell's own c
+    own = c if loop.zone is None else saved[:, count]  # the cell's own c
     out = dgates.unflatten(1, (-1, hidden))
     views = [layout.split(x, not reverse) for x in (saved, own, c_prev, doutput, out)]
     dh_out = None if dh_all is None else layout.split(dh_all, not reverse)
@@ -135,7 +129,7 @@ def backward_loop(
             dh_stays, dc_stays = z_t[0] * dq, z_t[1] * dc_t
             dq, dc_t = dq - dh_stays, dc_t - dc_stays
         dsums, dc_prev, dparameters = cell.backward_torch(
-            saved_t[:, :count].unbind(1), c_t, c_prev_t, dq, dc_t, parameters
+            saved_t[:, :count].unbind(1), c_t, c_prev_t, dq, dc_t, loop.parameters
         )
         for k, x in enumerate(dsums):
             da_t[:, k] = x
@@ -143,7 +137,7 @@ def backward_loop(
             for k, x in enumerate(dparameters):
                 dvectors[k] += x.sum(0)
         da = da_t if all_sums else da_t.index_select(1, recurrent)
-        dh_prev = da.flatten(1) @ weight_hh
+        dh_prev = da.flatten(1) @ loop.weight_hh
         if m_t is not None:
             dh_prev *= m_t
         if z_t is not None:
@@ -182,7 +176,7 @@ class Eager:
             y = output[at, columns]
             target = y if y.dtype == self.dtype else y.to(self.dtype)
             rows = slice(0, part.total)
-            self.loops[0](*self._common(d, window), gates[d, rows], target, c_all[d, rows], hn[d], cn[d])
+            self.loops[0](self._common(d, window), gates[d, rows], target, c_all[d, rows], hn[d], cn[d])
             if target is not y:
                 y.copy_(target)
         return Pass(hn, cn, gates, c_all)
@@ -243,7 +237,7 @@ class Eager:
             rows = slice(0, loop.layout.total)
             c = saved.c[d, rows]
             self.loops[1](
-                *loop, saved.gates[d, rows], c, loop.layout.previous(c, cx[d], loop.reverse),
+                loop, saved.gates[d, rows], c, loop.layout.previous(c, cx[d], loop.reverse),
                 doutput[window.rows(d), layer.columns(d)].to(self.dtype), found.dhx[d], found.dcx[d],
                 dgates[d, rows], None if dh is None else dh[d, rows], None if vectors is None else vectors[d],
             )  # fmt: skip

@@ -259,8 +259,7 @@ def chunk_length(options: Options, steps: int, x: Tensor, h: Tensor, c: Tensor) 
 
 def width(options: Options) -> int:
     """Tiles of H that a step's row has room for (`lstm_triton.recurrence.Layer.width`)."""
-    cell = cells.of(options.cell)
-    return max(cell.sums, len(cell.saved) + 1) if options.zones else cell.width
+    return cells.of(options.cell).width(options.zones)
 
 
 def explain(

@@ -95,9 +95,11 @@ class TritonLSTM(TritonRNNBase):
                 raise ValueError(f"forget_bias={forget_bias} is for a layer that has no {lacks}")
         self.forget_bias = forget_bias
         kind = "coupled" if coupled_gates else "full" if forget_gate else "carousel"
-        name = "lstm" + f"-{kind}" * (kind != "full") + "-peephole" * peephole + "-norm" * layer_norm
+        from lstm_triton.cells.lstm import variant  # not before a module is made: it imports Triton
+
         super().__init__(
-            of(name), input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size,
+            variant(kind, peephole, layer_norm), input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional, proj_size,
             device, dtype, recurrent_dropout=recurrent_dropout, recurrent_dropout_mode=recurrent_dropout_mode,
             zoneout=zoneout, weight_dropout=weight_dropout, backend=backend, recompute=recompute,
         )  # fmt: skip

@@ -301,8 +301,7 @@ def _(
     input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend, chunk, save,
     cell, zoneout, draws,
 ):  # fmt: skip
-    what = cells.of(cell)
-    width = what.width if zoneout is None else max(what.sums, len(what.saved) + 1)
+    width = cells.of(cell).width(zoneout is not None)
     leading, (count, batch, size), hidden = input.shape[:-1], hx.shape, cx.size(2)
     directions, total = count // num_layers, math.prod(leading)
     kept, states = [], state_dtype(input.dtype)
@@ -586,10 +585,8 @@ def _gradients(run: Callable[..., list[Tensor]], ctx: Any, dy: Any, dhn: Any, dc
     input_wanted, weights_wanted = ctx.needs_input_grad[0], any([w.requires_grad for w in weights])
     if torch.is_grad_enabled():  # a graph of this backward is wanted: take the plainly written layers'
         name, zoneout, draws = ctx.cell
-        cell, zone = (
-            cells.of(name),
-            None if zoneout is None else Zoneout(zoneout[0], zoneout[1], seed if draws else None),
-        )
+        cell, given = cells.of(name), seed if draws else None
+        zone = None if zoneout is None else Zoneout(zoneout[0], zoneout[1], given)
         steps = Layout.of(_flat(input).size(0), hx.size(1), batch_sizes).steps
         mask = RecurrentDropout(mask, seed if p > 0 else None, p, per_step).drawn(steps, hx)
         bidirectional = hx.size(0) == 2 * ctx.layers

@@ -331,9 +331,8 @@ class Layer(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Tiles of H that a step has room for: the cell's and, under zoneout, what c is without it."""
-        cell = self.cell
-        return cell.width if self.zoneout is None else max(cell.sums, len(cell.saved) + 1)
+        """Tiles of H that a step has room for."""
+        return self.cell.width(self.zoneout is not None)
 
     def window_length(self) -> int:
         """How many steps' products of the input, (D, n, WH), are made at a time where nothing is kept."""

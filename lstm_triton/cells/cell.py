@@ -99,10 +99,9 @@ class Cell:
     def biases(self) -> tuple[int, ...]:
         return self.recurrent if self.biased is None else self.biased
 
-    @cached_property
-    def width(self) -> int:
-        """Tiles of H that a step has room for: its sums or, later, what it keeps."""
-        return max(self.sums, len(self.saved))
+    def width(self, zoned: bool) -> int:
+        """Tiles of H that a step has room for: its sums or, later, what it keeps; under zoneout its own c, too."""
+        return max(self.sums, len(self.saved) + zoned)
 
     @cached_property
     def own(self) -> tuple[Parameter, ...]:

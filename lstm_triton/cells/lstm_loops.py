@@ -4,28 +4,24 @@ Backward turns what forward kept into the local derivatives of all steps at once
 the recurrent weights and a few pointwise operations remain inside the loops; all states are written in place.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lstm_triton.recurrence import Layout
+if TYPE_CHECKING:
+    from lstm_triton.eager import Loop
 
 
-def forward(
-    cell: Any, weight_hh: Tensor, weight_hr: Tensor | None, parameters: Any, start: Any, layout: Layout, reverse: bool,
-    mask: Tensor | None, zone: None, gates: Tensor, output: Tensor, c_all: Tensor, hn: Tensor, cn: Tensor,
-) -> None:  # fmt: skip
+def forward(loop: "Loop", gates: Tensor, output: Tensor, c_all: Tensor, hn: Tensor, cn: Tensor) -> None:
     """One direction of a window.
 
     Args:
         gates: (n, 4H) input products with biases; overwritten by the activated gates.
         output, c_all: (n, K), (n, H) to be written: h and c after each step.
         hn, cn: (B, K), (B, H) the states, overwritten by those after the window.
-        weight_hh, weight_hr: (4H, K) and, with projections, (K, H).
-        layout: where the steps' rows lie in n.
-        mask: None or (steps or 1, B, K): what h is multiplied by before its product.
     """
+    _, weight_hh, weight_hr, _, _, layout, reverse, mask, _ = loop
     total, hidden = c_all.shape
     w_hh, w_hr = weight_hh.t(), None if weight_hr is None else weight_hr.t()
     g_all = torch.empty_like(c_all)
@@ -57,8 +53,7 @@ def forward(
 
 
 def backward(
-    cell: Any, weight_hh: Tensor, weight_hr: Tensor | None, parameters: Any, start: Any, layout: Layout, reverse: bool,
-    mask: Tensor | None, zone: None, gates: Tensor, c: Tensor, c_prev: Tensor, doutput: Tensor, dh: Tensor, dc: Tensor,
+    loop: "Loop", gates: Tensor, c: Tensor, c_prev: Tensor, doutput: Tensor, dh: Tensor, dc: Tensor,
     dgates: Tensor, dh_all: Tensor | None, dvectors: None,
 ) -> None:  # fmt: skip
     """One direction of a window.
@@ -68,8 +63,8 @@ def backward(
         doutput: (n, K).
         dh, dc: (B, K), (B, H) the gradients of the states after the window, overwritten by those before it.
         dgates, dh_all: (n, 4H) and, with projections, (n, K) to be written: fields of `Gradients`.
-        weight_hh, weight_hr, layout, mask: as of `forward`.
     """
+    _, weight_hh, weight_hr, _, _, layout, reverse, mask, _ = loop
     total, hidden = c.shape
     i, f, g, o = gates.view(total, 4, hidden).unbind(1)
     factors = dgates.view(total, 4, hidden)
