@@ -77,8 +77,8 @@ def plot(records: list[Record], device: str) -> Figure:
                 places, values, 0.25, color=_COLOURS[way], label=_WAYS[way],
                 xerr=spread, error_kw={"lw": 0.8, "ecolor": "#666666"},
             )  # fmt: skip
-            for place, value in zip(places, values, strict=True):
-                axis.text(value * 1.13, place, f"{value:.1f}", va="center", fontsize=7)
+            for place, value, (_, r) in zip(places, values, there, strict=True):
+                axis.text(r[f"{way}_ratio_q3"] * 1.05, place, f"{value:.1f}", va="center", fontsize=7)
         axis.axvline(1, color="#0072B2", lw=1.2)
         axis.set_xscale("log")
         axis.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
@@ -89,7 +89,7 @@ def plot(records: list[Record], device: str) -> Figure:
     axes[0].set_yticks(range(len(cells)), cells)
     axes[0].invert_yaxis()
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=3, fontsize=8)
+    figure.legend(handles, names, loc="outside right upper", fontsize=8)  # above and below are titles
     first = records[0]
     figure.suptitle(f"Cells, B = {first['batch']}, T = {first['steps']}, H = {first['hidden']}, {device}", fontsize=10)
     return figure
