@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bench import cell_loops, cells_report, results
 from bench.cell_loops import P_C, P_H, P_WEIGHT, Loop, Step, WeightDropped
-from bench.cpu import numbers, quartiles
+from bench.cpu import chosen, numbers, quartiles
 from bench.environment import cpu_name, environment
 from bench.files import write_atomically
 from bench.measure import compare, gradient, in_turns, once
@@ -123,7 +123,7 @@ def measure(entry: Entry, threads: int, seconds: float, least: int, sizes: tuple
     times = dict(zip(names, in_turns(calls, rounds), strict=True))
     record: Record = {
         "cell": entry.name, "threads": threads, "rounds": rounds, "batch": sizes[0], "steps": sizes[1],
-        "hidden": sizes[2], "chosen": chosen(found["auto"].module, found["auto"].input),
+        "hidden": sizes[2], "chosen": chosen(found["auto"].module, found["auto"].input, "training step"),
     }  # fmt: skip
     for name, values in times.items():
         record[f"{name}_s"] = statistics.median(values)
@@ -131,12 +131,6 @@ def measure(entry: Entry, threads: int, seconds: float, least: int, sizes: tuple
             q1, median, q3 = quartiles([a / b for a, b in zip(values, times["auto"], strict=True)])
             record |= {f"{name}_ratio_q1": q1, f"{name}_ratio": median, f"{name}_ratio_q3": q3}
     return record
-
-
-def chosen(module: Any, input: Tensor) -> str:
-    """The backend that "auto" is for such a call."""
-    line = next(line for line in module.explain(input).splitlines() if line.startswith("backend: "))
-    return line.removeprefix("backend: ").split(" ")[0]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -89,7 +89,7 @@ def _timed(ours: Call, seconds: float, least: int) -> Record:
     # The same weights and data in the same memory: where they lie can cost more than what is compared.
     ours.module = convert(reference.module, **providers.OPTIONS[ours.provider])
     ours.input, ours.doutput = reference.input, reference.doutput
-    record: Record = {"error": ours.check(), "chosen": chosen(ours)}
+    record: Record = {"error": ours.check(), "chosen": chosen(ours.module, ours.input, ours.group)}
     once(reference)
     pairs = max(least, min(MOST, int(seconds / (once(reference) + once(ours)))))
     times, own = interleave(reference, ours, pairs)

@@ -154,7 +154,7 @@ def measure(rows: Rows, group: str, device: torch.device, seconds: float, least:
         for name in ("ours", "lengths")
         for a, b in zip(calls[name].results(), expected, strict=True)
     )
-    ran = chosen(calls["ours"])
+    ran = chosen(ours, calls["ours"].packed, group)
     taken = sum(once(call) for call in calls.values())
     rounds = max(least, min(MOST, int(seconds / taken)))
     times = dict(zip(calls, in_turns(list(calls.values()), rounds), strict=True))

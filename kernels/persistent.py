@@ -355,34 +355,38 @@ def backward(
     """
     found = launch.gradients(window, saved, dhn, dcn)
     D, H, I, K, cell = launch.D, launch.H, launch.I, launch.K, launch.cell
-    fused, single = launch.plan.fused, True
-    dx, dw, vectors = hx, [hx] * 5, found.dparameters
+    fused, single, dx, dw, vectors = launch.plan.fused, True, hx, [], found.dparameters
     if fused:
         # Each tile of the batch adds up its own; where there is but one, these are the gradients themselves.
-        count = launch.grid[0]
+        count, size = launch.grid[0], window.size(D)
         single = count == D == 1
-        size = window.size(D)
-        dx = hx.new_empty(((D, size, I) if D > 1 else (size, I)) if input_wanted else (0,))
-        inputs, recurrent, biased = (n * H for n in (cell.inputs, len(cell.recurrent), len(cell.biases)))
-        shapes = ((inputs, I), (recurrent, K), (inputs,), (biased,), (inputs,)) if weights_wanted else ((0,),) * 5
-        dw = [hx.new_empty(shape if single else (count, D, *shape)) for shape in shapes]
+        tiles_of = () if single else (count,) if D == 1 else (count, D)
+        if input_wanted:
+            dx = hx.new_empty((D, size, I) if D > 1 else (size, I))
+        if weights_wanted:
+            inputs, recurrent, biased = (n * H for n in (cell.inputs, len(cell.recurrent), len(cell.biases)))
+            shapes = [(inputs, I), (recurrent, K), (inputs,), (biased,)]
+            shapes += [(inputs,)] if cell.input_norm is not None else []
+            dw = [hx.new_empty((*tiles_of, *shape)) for shape in shapes]
     start(
         backward_kernel, launch.grid, [
             doutput, dhn, dcn, saved.gates, saved.c, output, hx, cx,
             found.dgates, hx if found.dh is None else found.dh, found.dhx, found.dcx,
-            launch.w_hh, launch.w_hr, launch.parameters, launch.x, launch.w_ih, launch.gain, dx, *dw,
-            hx if vectors is None else vectors, launch.offsets, launch.mask, launch.zoneout, *launch.numbers(window),
+            launch.w_hh, launch.w_hr, launch.parameters, launch.x, launch.w_ih, launch.gain,
+            dx, *dw, *[hx] * (5 - len(dw)), hx if vectors is None else vectors,
+            launch.offsets, launch.mask, launch.zoneout, *launch.numbers(window),
         ], launch.constants, CELL=cell.backward, DX=fused and input_wanted, DW=fused and weights_wanted,
     )  # fmt: skip
     if vectors is not None:
         vectors = vectors.sum(0)
     if not fused:
         return found._replace(dparameters=vectors)
-    each = []
-    for d in range(D):
-        own = dw if single else [x[:, d].sum(0) for x in dw]
+    each: list[Tensor] = []
+    for d in range(D if weights_wanted else 0):
+        own = dw if single else [x.sum(0) if D == 1 else x[:, d].sum(0) for x in dw]
         each += own[: 4 if launch.bias else 2]
-        if cell.parameters and weights_wanted:
-            each += parameter_gradients(cell, launch.bias, None if vectors is None else vectors[d], own[4])
+        if cell.parameters:
+            dgain = None if cell.input_norm is None else own[4]
+            each += parameter_gradients(cell, launch.bias, None if vectors is None else vectors[d], dgain)
     pieces = [] if not input_wanted else [dx] if D == 1 else list(dx)
     return LayerGradients(found.dhx, found.dcx, pieces, each)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lstm_triton import cells, dispatch, ops
+from lstm_triton import cells, direct, dispatch, ops
 from lstm_triton.cells import Cell, register
 from lstm_triton.recurrence import Layout, RecurrentDropout, present, state_dtype, steps_within
 
@@ -157,6 +157,9 @@ def run(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`lstm` without its checks of shapes and options."""
+    prepared = direct.of(input, batch_sizes, hx, weights, options, mask)
+    if prepared is not None:
+        return prepared(input, hx, weights)
     drops = mask is not None or (options.training and options.recurrent_dropout > 0)
     backend = options.backend
     if batch_sizes is None and input.numel() == 0:

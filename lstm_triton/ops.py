@@ -64,7 +64,7 @@ def _matmul_precision(wanted: str) -> Iterator[None]:
         matmul.fp32_precision = given
 
 
-class _Stack:
+class Stack:
     """The layers of a call, made one by one: arguments as of `forward`."""
 
     def __init__(
@@ -178,7 +178,7 @@ def describe(
     if backend != "triton":
         how = "PyTorch's operator, chunk by chunk" if backend == "torch" else "PyTorch operations, step by step"
         return [f"layer {k}: {how}" for k in range(num_layers)]
-    stack = _Stack(
+    stack = Stack(
         input, batch_sizes, hx, cx, weights, num_layers, bias, 0.0, None, seed, p, True, backend, cell, zoneout, False,
         save, chunk > 0,
     )  # fmt: skip
@@ -234,7 +234,7 @@ def forward(
         LSTM the activated gates, (D, N, WH), for each c (D, N, H). With `chunk` the gates are empty and c is that
         before each window but the first, (windows - 1, D, B, H).
     """
-    stack = _Stack(
+    stack = Stack(
         input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend, cell,
         zoneout, draws, save, save and chunk > 0,
     )  # fmt: skip
@@ -353,7 +353,7 @@ def backward(
 
     Those of the input and of the weights are empty where they aren't wanted.
     """
-    stack = _Stack(
+    stack = Stack(
         input, batch_sizes, hx, cx, weights, num_layers, bias, dropout, mask, seed, p, per_step, backend, cell,
         zoneout, draws, True, chunk > 0,
     )  # fmt: skip
@@ -394,7 +394,7 @@ def backward(
 
 
 def _front_gradients(
-    stack: _Stack,
+    stack: Stack,
     front: launching.Wavefront,
     outputs: list[Tensor],
     doutput: Tensor,
@@ -421,7 +421,7 @@ def _front_gradients(
 
 
 def _layer_gradients(
-    stack: _Stack,
+    stack: Stack,
     k: int,
     input: Tensor,
     output: Tensor,
@@ -475,7 +475,7 @@ def _layer_gradients(
 
 
 def _products(
-    stack: _Stack,
+    stack: Stack,
     layer: Layer,
     window: Window,
     saved: Saved,
@@ -574,38 +574,64 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.count = len(weights)
 
 
+def differentiable(
+    gradients: Sequence[Tensor | None],
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    hx: Tensor,
+    cx: Tensor,
+    weights: list[Tensor],
+    num_layers: int,
+    bias: bool,
+    dropout: float,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    per_step: bool,
+    cell: str,
+    zoneout: list[float] | None = None,
+    draws: bool = False,
+) -> list[Tensor | None]:
+    """The gradients of input, hx, cx and weights as a graph of their own: by the plainly written layers.
+
+    Args:
+        gradients: those of output, hn and cn.
+        input, …: as of `forward`.
+    """
+    known = cells.of(cell)
+    zone = None if zoneout is None else Zoneout(zoneout[0], zoneout[1], seed if draws else None)
+    steps = Layout.of(_flat(input).size(0), hx.size(1), batch_sizes).steps
+    mask = RecurrentDropout(mask, seed if p > 0 else None, p, per_step).drawn(steps, hx)
+    bidirectional = hx.size(0) == 2 * num_layers
+
+    def between(x: Tensor, k: int) -> Tensor:
+        if seed is None or dropout == 0:
+            return x
+        return x * masks.drop(torch.ones_like(x, requires_grad=False), seed, masks.BETWEEN + k, dropout)
+
+    def rerun(input: Tensor, hx: Tensor, cx: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        return reference.stack(
+            known, input, (hx, cx), list(weights), batch_sizes, num_layers, bias, bidirectional, False, mask, between,
+            zone,
+        )  # fmt: skip
+
+    return reference.differentiable_vjp(rerun, [input, hx, cx, *weights], gradients)
+
+
 def _gradients(run: Callable[..., list[Tensor]], ctx: Any, dy: Any, dhn: Any, dcn: Any, *_: Any) -> tuple[Any, ...]:
     """The gradients of `forward`'s arguments; `run` is `backward`, as a function or an operator."""
     input, batch_sizes, hx, cx, mask, seed, y, *rest = ctx.saved_tensors
     weights, kept = rest[: ctx.count], rest[ctx.count :]
-    p, per_step, backend, chunk = ctx.options
+    p, per_step, *_ = ctx.options
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
     dhn = torch.zeros_like(hx) if dhn is None else dhn.contiguous()
     dcn = torch.zeros_like(cx) if dcn is None else dcn.contiguous()
     input_wanted, weights_wanted = ctx.needs_input_grad[0], any([w.requires_grad for w in weights])
-    if torch.is_grad_enabled():  # a graph of this backward is wanted: take the plainly written layers'
-        name, zoneout, draws = ctx.cell
-        cell, given = cells.of(name), seed if draws else None
-        zone = None if zoneout is None else Zoneout(zoneout[0], zoneout[1], given)
-        steps = Layout.of(_flat(input).size(0), hx.size(1), batch_sizes).steps
-        mask = RecurrentDropout(mask, seed if p > 0 else None, p, per_step).drawn(steps, hx)
-        bidirectional = hx.size(0) == 2 * ctx.layers
-
-        def between(x: Tensor, k: int) -> Tensor:
-            if seed is None or ctx.dropout == 0:
-                return x
-            ones = torch.ones_like(x, requires_grad=False)
-            return x * masks.drop(ones, seed, masks.BETWEEN + k, ctx.dropout)
-
-        def rerun(input: Tensor, hx: Tensor, cx: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-            return reference.stack(
-                cell, input, (hx, cx), list(weights), batch_sizes, ctx.layers, ctx.bias, bidirectional, False, mask,
-                between, zone,
-            )  # fmt: skip
-
-        gradients: Sequence[Tensor | None] = reference.differentiable_vjp(
-            rerun, [input, hx, cx, *weights], [dy, dhn, dcn]
-        )
+    if torch.is_grad_enabled():  # a graph of this backward is wanted
+        gradients: Sequence[Tensor | None] = differentiable(
+            (dy, dhn, dcn), input, batch_sizes, hx, cx, weights, ctx.layers, ctx.bias, ctx.dropout, mask, seed, p,
+            per_step, *ctx.cell,
+        )  # fmt: skip
     else:
         gradients = run(
             dy, dhn, dcn, input, batch_sizes, hx, cx, weights, ctx.layers, ctx.bias, ctx.dropout, mask, seed,

@@ -68,6 +68,11 @@ class Plan:
     layers: int = 1  # that run in one launch, as a wavefront
 
 
+def asked() -> str | None:
+    """What `force` was called with."""
+    return _forced
+
+
 def forced() -> str | None:
     """The strategy that `force` asks for."""
     return "cooperative" if forces_wavefront() else _forced

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lstm_triton import TritonLSTM, launching, planning
+from lstm_triton import TritonLSTM, direct, launching, planning
 from lstm_triton.recurrence import Layer
 from lstm_triton.tolerances import TOLERANCES
 
@@ -56,11 +56,13 @@ def forced(way: str) -> Iterator[None]:
         return replace(choose(layer), fused=fused)
 
     launching.of = chosen
+    direct.forget()
     try:
         with planning.force("persistent" if way == "fused" else way):
             yield
     finally:
         launching.of = choose
+        direct.forget()
 
 
 @dataclass(frozen=True)

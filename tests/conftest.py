@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lstm_triton import direct
+
 # On a GPU PyTorch's setting for RNNs allows TF32, whose products have 10 bits.
 torch.backends.cudnn.allow_tf32 = False
 # Two threads that wait for each other cost more than they give at these sizes.
@@ -27,8 +29,9 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    """Each test has the same seed, and the number of threads that a command line sets ends with it."""
+    """Each test has the same seed and nothing prepared, and the threads that a command line asks for end with it."""
     torch.manual_seed(0)
+    direct.forget()
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -58,7 +58,7 @@ def test_an_unknown_cell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_auto_weighs_padding_against_the_loop_of_pytorchs_operator() -> None:
     """72 units cost what 128 do: with few rows kernels win nevertheless, with many PyTorch's loop over the steps."""
     chosen = {
-        (batch, hidden): cells.chosen(TritonGRU(hidden, hidden), torch.randn(3, batch, hidden))
+        (batch, hidden): cells.chosen(TritonGRU(hidden, hidden), torch.randn(3, batch, hidden), "training step")
         for batch, hidden in ((8, 72), (32, 72), (32, 100), (128, 100), (128, 64))
     }
     assert chosen == {

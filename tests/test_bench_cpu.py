@@ -83,9 +83,10 @@ def test_both_sides_share_weights_and_input(monkeypatch):
 
 @pytest.mark.parametrize("name", ["eager", "torch"])
 def test_chosen_backend(monkeypatch, name):
-    monkeypatch.setattr(dispatch, "auto", lambda *arguments, **options: name)
+    monkeypatch.setattr(dispatch, "why_auto", lambda call: (name, ""))
     for group in cpu_report.GROUPS:
-        assert cpu.chosen(Call(providers.AUTO, Shape(2, 3, 4), group, cpu.CPU)) == name
+        call = Call(providers.AUTO, Shape(2, 3, 4), group, cpu.CPU)
+        assert cpu.chosen(call.module, call.input, group) == name
 
 
 def test_a_case_that_fails_is_said_and_the_rest_kept(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from lstm_triton import TritonGRU, TritonLSTM, TritonRNN, cells, dispatch, kernels, launching
+from lstm_triton import TritonGRU, TritonLSTM, TritonRNN, cells, direct, dispatch, kernels, launching
 from lstm_triton.base import TritonRNNBase
 from lstm_triton.gpu import choice, gpus, kept, qualification, tuning
 from lstm_triton.planning import Plan
@@ -65,6 +65,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(qualification, "check", check)
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     monkeypatch.setattr(dispatch, "auto", choice.choose)
+    monkeypatch.setattr(direct, "of", lambda *_: None)  # nothing is prepared on a GPU
     monkeypatch.setattr(dispatch, "why_auto", choice.why)
     yield played
 
