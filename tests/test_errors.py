@@ -194,5 +194,6 @@ def test_other_backends_need_no_compiler(backend: str, recurrent_dropout: float)
 
 def test_triton_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    monkeypatch.setattr(dispatch, "has_native", lambda: False)  # which would be remembered
     with pytest.raises(RuntimeError, match="needs the package triton, which is not installed"):
         TritonLSTM(5, 7, backend="triton")(torch.randn(4, 3, 5))
