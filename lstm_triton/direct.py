@@ -86,8 +86,8 @@ def _prepare(
     nothing = input.new_empty(0)
     steps, batch = input.shape[:2][:: -1 if options.batch_first else 1]
     stack = ops.Stack(
-        input.detach().reshape(steps, batch, -1), None, *hx, weights, options.num_layers, options.bias, 0.0, None, nothing,
-        p, options.recurrent_dropout_mode == "step", backend, options.cell, None, False, records,
+        input.detach().reshape(steps, batch, -1), None, *hx, weights, options.num_layers, options.bias, 0.0, None,
+        nothing, p, options.recurrent_dropout_mode == "step", backend, options.cell, None, False, records,
     )  # fmt: skip
     if stack.wavefront() is not None:
         return None

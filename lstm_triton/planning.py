@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from lstm_triton.cells.cell import Cell
+from lstm_triton.cpu import processor
 from lstm_triton.dropout import PER_CALL
 
 STRATEGIES = ("persistent", "cooperative", "step")
@@ -18,12 +20,9 @@ PERSISTENT_BYTES = 128 * 1024
 CPU_ROWS = 64
 # Steps that take as long as what a program does once: loading the weights and, fused, storing their gradients.
 PROGRAM_STEPS = 16
-# A fused kernel on a CPU goes through all weights, and their gradients, in each step: where there are more than the
-# first number of them, it wants a row for so many. Beyond the third no kernel pays, and in inference on dense batches
-# beyond the fourth: PyTorch's products of large matrices are as fast (bench/cpu.py).
-FUSED_WEIGHTS, FUSED_ROW_WEIGHTS = 32 * 1024, 8 * 1024
-MOST_WEIGHTS, MOST_INFERENCE_WEIGHTS = 1024 * 1024, 128 * 1024
-MOST_TRAINING_WEIGHTS = 16 * 1024  # the same in training, for each row of the batch
+# A fused kernel on a CPU goes through all weights, and their gradients, in each step: up to so many cost nothing much.
+FUSED_WEIGHTS = 32 * 1024
+MOST_WEIGHTS = 1024 * 1024  # beyond which no kernel pays: PyTorch's products of large matrices are as fast
 # On a packed batch, rows that each of its programs wants, for which it adds up gradients of its own (bench/ragged.py).
 FUSED_PROGRAM_ROWS = 256
 # Numbers that the tiles of the batch may add up together, each its own gradients of the weights.
@@ -36,10 +35,6 @@ SPARE = ((8 * 1024, 1.3), (32 * 1024, 1.15), (MOST_WEIGHTS, 1.02))
 PACKED_SPARE, PACKED_TRAINING_SPARE = 1.3, 1.7
 # And where gates are rebuilt in backward, for which PyTorch's operator has to run its forward again (bench/long.py).
 RECOMPUTE_SPARE = 1.3
-# Rows of the batch for which a kernel that isn't fused pays in training, on dense batches (bench/cpu.py): with more
-# PyTorch's operator is as fast, a single one is a matrix-vector product.
-UNFUSED_ROWS = range(4, 9)
-
 # PyTorch's operators that oneDNN runs on a CPU. The others are loops over time steps in ATen, which kernels beat up to
 # so many weights, as far as was measured, and so much padding, which depends on the rows of the batch.
 ONEDNN, MOST_LOOPED_WEIGHTS = ("lstm",), 2 * 1024 * 1024
@@ -49,6 +44,28 @@ LOOPED_SPARE, LOOPED_SPARE_OF_MANY = ((8, 3.2), (32, 1.8)), 1.3
 MOST_INNER = 512
 
 _forced: str | None = None
+
+
+class Limits(NamedTuple):
+    """Where native kernels pay on a CPU: the faster it multiplies, the more what they load and store weighs."""
+
+    row_weights: int  # for each so many weights, beyond `FUSED_WEIGHTS`, a fused kernel wants a row of the batch
+    inference_weights: int  # the most in inference on dense batches
+    training_weights: int  # the most in training on dense batches, for each row of the batch
+    unfused_rows: range  # of dense batches for which a kernel that isn't fused pays in training
+
+
+# By whether a core multiplies two vectors of 512 bits a cycle: measured on an Intel Xeon and on an AMD EPYC of Zen 4
+# (bench/cpu.py).
+LIMITS = {
+    True: Limits(8 * 1024, 128 * 1024, 16 * 1024, range(4, 9)),
+    False: Limits(64 * 1024, MOST_WEIGHTS, 64 * 1024, range(0)),
+}
+
+
+def limits() -> Limits:
+    """Those of this machine's processor."""
+    return LIMITS[processor.multiplies_wide()]
 
 
 @dataclass(frozen=True)
@@ -165,7 +182,7 @@ def choose_on_cpu(
         units = max(PER_CALL, block_h // COOPERATING)
         return Plan("cooperative", min(block_b, 16), units, min(block_k, 64), 1)
     weights, tiles = _weights(cell, block_h, block_k, _power(features)), -(-batch // block_b)
-    few = weights <= max(FUSED_WEIGHTS, min(block_b * FUSED_ROW_WEIGHTS, MOST_WEIGHTS))
+    few = weights <= max(FUSED_WEIGHTS, min(block_b * limits().row_weights, MOST_WEIGHTS))
     if lengths is not None:
         few = few and sum(lengths) >= tiles * FUSED_PROGRAM_ROWS
     fused = size == hidden and few and tiles * weights <= FUSED_MOST_SUMS
@@ -205,8 +222,9 @@ def pays_on_cpu(
         return padding <= (PACKED_TRAINING_SPARE if records else PACKED_SPARE)
     if recompute and records:
         return padding <= RECOMPUTE_SPARE
-    most = MOST_TRAINING_WEIGHTS * batch if records else MOST_INFERENCE_WEIGHTS
-    pays = (plan.fused and weights <= most) or (records and batch in UNFUSED_ROWS)
+    found = limits()
+    most = found.training_weights * batch if records else found.inference_weights
+    pays = (plan.fused and weights <= most) or (records and batch in found.unfused_rows)
     return pays and padding <= next(spare for most, spare in SPARE if weights <= most)
 
 

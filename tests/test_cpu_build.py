@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lstm_triton.cpu import build, runtime
+from lstm_triton.cpu import build, processor, runtime
 
 pytestmark = [
     pytest.mark.skipif(not build.has_compiler(), reason="no C compiler"),
@@ -285,7 +285,7 @@ def test_key(fresh: Path, compiled: list[Path], monkeypatch: pytest.MonkeyPatch,
     assert build.load(asked, "key", ["-DFLAG=1"]).answer() == 1
     monkeypatch.setenv("LSTM_TRITON_CFLAGS", "-O1 '-DFLAG=(1 + 1)'")
     assert build.load(asked, "key").answer() == 2
-    monkeypatch.setattr(build, "_cpu", lambda: "another")
+    monkeypatch.setattr(processor, "text", lambda: "another")
     build.load(asked, "key")
     another = build.compiler()._replace(version="another")
     monkeypatch.setattr(build, "compiler", lambda: another)
@@ -503,3 +503,19 @@ def test_fork_before_the_first_run() -> None:
         assert ran.eq(1).all()
 
     in_child(work)
+
+
+@pytest.mark.parametrize(
+    "vendor,family,flags,wide",
+    [
+        ("GenuineIntel", 6, "avx2 avx512f", True),
+        ("GenuineIntel", 6, "avx2", False),
+        ("AuthenticAMD", 25, "avx2 avx512f", False),  # Zen 4
+        ("AuthenticAMD", 26, "avx512f avx2", True),
+        ("AuthenticAMD", "?", "avx512f", False),
+    ],
+)
+def test_processors_that_multiply_wide_vectors(vendor: str, family: object, flags: str, wide: bool) -> None:
+    text = f"x86_64\ncpu family\t: {family}\nflags\t\t: {flags}\nmodel name\t: Xeon: x\nvendor_id\t: {vendor}"
+    assert processor.is_wide(text) is wide
+    assert not processor.is_wide("aarch64\nCPU implementer\t: 0x41\nFeatures\t: fp asimd")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from checks import assert_close
 from lstm_triton import TritonGRU, TritonLSTM, TritonRNN, direct, dispatch, kernels, launching, planning
 from lstm_triton.cells import lstm as lstm_cells
 from lstm_triton.functional import lstm
-from tests.checks import assert_close
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or kernels.INTERPRETED, reason="calls are prepared for native kernels on a CPU"

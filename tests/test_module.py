@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import warnings
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from checks import Case, assert_close, results, shaped
-from lstm_triton import TritonLSTM, convert, dispatch, functional, kernels, launching, ops, planning, revert
+from lstm_triton import TritonLSTM, cells, convert, dispatch, functional, kernels, launching, ops, planning, revert
+from lstm_triton.cpu import processor
 from lstm_triton.recurrence import rnn_precision
 
 BACKENDS = ["auto", "torch", "eager", "triton"]
@@ -227,8 +229,21 @@ def test_strategy_runs(hidden: int, strategy: str, device: torch.device, monkeyp
     assert ran == [(strategy, "forward"), (strategy, "backward")]
 
 
+@pytest.fixture(params=[False, True], ids=["narrow products", "wide products"])
+def wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Whether the processor multiplies two vectors of 512 bits a cycle."""
+    planned = (planning.choose_on_cpu, planning.pays_on_cpu)
+    with monkeypatch.context() as patch:
+        patch.setattr(processor, "multiplies_wide", lambda: request.param)
+        for function in planned:
+            function.cache_clear()
+        yield request.param
+    for function in planned:
+        function.cache_clear()
+
+
 @pytest.mark.parametrize("native", [False, True], ids=["without kernels", "with kernels"])
-def test_auto_choices_on_a_cpu(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_choices_on_a_cpu(native: bool, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "has_native", lambda: native)
 
     def choice(
@@ -252,10 +267,15 @@ def test_auto_choices_on_a_cpu(native: bool, monkeypatch: pytest.MonkeyPatch) ->
         assert choice(count, 1024, batch=1, hidden=1024, records=records) == usual
         assert choice(count, 16, records=records) == ("triton" if native else usual)
         assert choice(count, 500, hidden=500, records=records) == usual  # more weights than kernels pay for
-    # Not fused: a few rows, in training; more of them where PyTorch's operator would run forward again.
+    # Wide: not fused, in training, a few rows. Narrow: fused, for a row for each so many weights. Both: more of them
+    # where PyTorch's operator would run forward again.
     for batch, records, recompute in ((8, True, False), (8, False, False), (32, True, True), (1, True, False)):
         ran = choice(20, batch, 256, batch=batch, hidden=256, records=records, recompute=recompute)
-        assert ran == ("triton" if native and records and batch > 1 else "torch")
+        pays = batch > 1 and (records or not wide)
+        assert ran == ("triton" if native and pays else "torch")
+    plan = planning.choose_on_cpu(cells.of("lstm"), 8, 256, 256, 256, 1, 1)
+    assert plan.fused is not wide
+    assert choice(20, 1, 64, batch=1, hidden=64) == ("triton" if native and not wide else "torch")
 
 
 def test_strategy_that_is_not_there() -> None:

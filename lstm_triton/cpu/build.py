@@ -25,6 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lstm_triton.cpu import processor
+
 logger = logging.getLogger("lstm_triton")
 
 HEADERS = Path(__file__).parent  # what sources may include
@@ -213,21 +215,10 @@ def _key(source: str, name: str, flags: list[str]) -> str:
     headers = [path.read_text(encoding="utf-8") for path in sorted(HEADERS.glob("*.h"))]
     digest = hashlib.sha256()
     cc = compiler()
-    for part in (source, name, *headers, cc.path, *cc.options, cc.version, *flags, _cpu()):
+    for part in (source, name, *headers, cc.path, *cc.options, cc.version, *flags, processor.text()):
         data = part.encode()
         digest.update(len(data).to_bytes(8, "little") + data)  # with its length: parts can't run into each other
     return digest.hexdigest()
-
-
-@functools.cache
-def _cpu() -> str:
-    """What -march=native depends on: models and features of all processors (cores of one machine can differ)."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    fields = r"(vendor_id|cpu family|model|model name|flags|Features|CPU implementer|CPU part|isa)\s*:"
-    return "\n".join([platform.machine(), *sorted({line for line in lines if re.match(fields, line)})])
 
 
 def _checksum(key: str, library: bytes) -> bytes:
