@@ -10,6 +10,7 @@ import torch
 
 from lstm_triton.cells.cell import Cell
 from lstm_triton.cpu import processor
+from lstm_triton.cpu.trim import GRAIN
 from lstm_triton.dropout import PER_CALL
 
 STRATEGIES = ("persistent", "cooperative", "step")
@@ -181,7 +182,7 @@ def choose_on_cpu(
     if forced == "cooperative":  # never chosen here: threads that wait for each other cost more than they save
         units = max(PER_CALL, block_h // COOPERATING)
         return Plan("cooperative", min(block_b, 16), units, min(block_k, 64), 1)
-    weights, tiles = _weights(cell, block_h, block_k, _power(features)), -(-batch // block_b)
+    weights, tiles = _trimmed_weights(cell, hidden, size, features), -(-batch // block_b)
     few = weights <= max(FUSED_WEIGHTS, min(block_b * limits().row_weights, MOST_WEIGHTS))
     if lengths is not None:
         few = few and sum(lengths) >= tiles * FUSED_PROGRAM_ROWS
@@ -211,7 +212,7 @@ def pays_on_cpu(
         packed, records, recompute: as of `lstm_triton.dispatch.auto`.
     """
     plan = choose_on_cpu(cell, batch, features, hidden, size, directions, threads)
-    weights = _weights(cell, plan.block_h, plan.block_k, _power(features))
+    weights = _trimmed_weights(cell, hidden, size, features)
     if size != hidden or weights > (MOST_WEIGHTS if cell.operator in ONEDNN else MOST_LOOPED_WEIGHTS):
         return False
     rows = -(-batch // plan.block_b) * plan.block_b
@@ -243,6 +244,11 @@ def blocks_of(size: int, slices: int) -> tuple[int, int]:
 def _weights(cell: Cell, hidden: int, size: int, features: int) -> int:
     """Of a layer's direction, with h and the input of so many features."""
     return hidden * (len(cell.recurrent) * size + cell.inputs * features)
+
+
+def _trimmed_weights(cell: Cell, *sizes: int) -> int:
+    """With what is left of the padding on a CPU."""
+    return _weights(cell, *(min(_power(n), -(-n // GRAIN) * GRAIN) for n in sizes))
 
 
 def _power(n: int) -> int:

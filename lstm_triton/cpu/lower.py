@@ -19,6 +19,7 @@ from lstm_triton.cpu.operations import (
     constant,
     expression,
     interval,
+    is_zero,
     kept,
     loaded,
     stride,
@@ -29,6 +30,7 @@ Index = tuple[str, ...]
 Element = tuple[Value, Index]
 
 _ALIGN = 64
+_PANEL = 32  # columns of the widest panel of any processor
 _LAST = 2**31  # after every operation
 _ORDERS = {"relaxed": "RELAXED", "acquire": "ACQUIRE", "release": "RELEASE", "acq_rel": "ACQ_REL"}
 _TERMINATORS = ("scf.yield", "scf.condition", "tt.return", "tt.reduce.return")
@@ -151,7 +153,10 @@ class Lowering:
         name, c_type = self.fresh("m"), value_type(type_)
         self.line(f"{c_type} *const {name} = ({c_type} *)(scratch + {self.scratch});")
         # A line more than needed: else buffers of a power of two would all begin in the same set of the cache.
-        self.scratch += -(-type_.size * BYTES[c_type] // _ALIGN) * _ALIGN + _ALIGN
+        size = type_.size
+        if panels:  # of which the last may not be full; as many columns as the widest have
+            size = type_.shape[0] * -(-type_.shape[1] // _PANEL) * _PANEL
+        self.scratch += -(-size * BYTES[c_type] // _ALIGN) * _ALIGN + _ALIGN
         return Buffer(name, type_, panels)
 
     # Operations in order
@@ -466,6 +471,10 @@ class Lowering:
         if split:
             columns, width = nest.shape[1], f"PANEL({nest.roots[0].value.type.element}, {nest.shape[1]})"
             self.open(f"for (int p1 = 0; p1 < {columns}; p1 += {width}) {{")
+            end = f"p1 + {width}"
+            if columns & (columns - 1):  # the last panel may not be full
+                self.line(f"const int end = {end} < {columns} ? {end} : {columns};")
+                end = "end"
         if flat:
             self.line("IVDEP")
             self.open(f"for (int j = 0; j < {nest.shape[0] * nest.shape[1]}; j++) {{")
@@ -479,7 +488,7 @@ class Lowering:
             last = order[-1]
             head = f"for (int i{last} = 0; i{last} < {nest.shape[last]}; i{last}++) {{"
             if split:
-                head = f"for (int i1 = p1; i1 < p1 + {width}; i1++) {{"
+                head = f"for (int i1 = p1; i1 < {end}; i1++) {{"
             masks = [n for (v, _), n in names.items() if n in rows and v.type.element == "i1"]
             self.innermost(head, levels[-1], masks)
             for _ in order[:-1]:
@@ -532,7 +541,7 @@ class Lowering:
         strides = f"1, {rows}" if transposed else f"{inner}, 1"
         if start in self.buffers and start.block is op.block and not self._wanted_besides(start, op):
             out = self.buffers[start]  # added to where it is
-        elif _is_zero(start):
+        elif is_zero(start):
             out = self.buffer(op.results[0].type)
             self.line(f"memset({out.name}, 0, {out.type.size} * sizeof *{out.name});")
         else:
@@ -575,7 +584,7 @@ class Lowering:
         for other in self.ahead(op):
             if other.name == "tt.dot" and other.results[0].type == op.results[0].type:
                 start = other.operands[2]
-                if other is op or (_number(start) < op.number and not self.in_memory(start) and not _is_zero(start)):
+                if other is op or (_number(start) < op.number and not self.in_memory(start) and not is_zero(start)):
                     self.sums[other] = self.buffer(other.results[0].type)
                     self.add(Root(start, _LAST, into=self.sums[other], keeps=False))
         self.flush()
@@ -791,10 +800,6 @@ class Lowering:
 
 def _number(value: Value) -> int:
     return value.op.number if value.op else 0
-
-
-def _is_zero(value: Value) -> bool:
-    return value.op is not None and value.op.name == "arith.constant" and constant(value.op).strip("()f") == "0x0.0p+0"
 
 
 def _walk(block: Block) -> Iterator[Op]:

@@ -109,9 +109,11 @@ def source(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) ->
         text = build.read_checked(path, key)
         if text is None:
             # Not before: a process that finds all in the cache doesn't load Triton's compiler.
-            from lstm_triton.cpu import frontend, ir, lower
+            from lstm_triton.cpu import frontend, ir, lower, trim
 
-            text = lower.Lowering(ir.parse(frontend.ttir(kernel, signature, constants))).write()
+            function = ir.parse(frontend.ttir(kernel, signature, constants))
+            trim.trim(function)
+            text = lower.Lowering(function).write()
             build.write_checked(path, key, text)
         return text
 

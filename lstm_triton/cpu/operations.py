@@ -47,6 +47,15 @@ HEAVY = {
 }  # fmt: skip
 
 
+def is_elementwise(name: str) -> bool:
+    """Whether an element of such an operation's result is computed from those at its place in its operands."""
+    prefix = name.split(".")[0]
+    return (prefix in ("arith", "math") and name != "arith.constant") or name in (
+        "tt.addptr", "tt.bitcast", "tt.int_to_ptr", "tt.ptr_to_int", "tt.fp_to_fp", "tt.clampf", "tt.mulhiui",
+        "tt.precise_sqrt", "tt.precise_divf", "tt.extern_elementwise",
+    )  # fmt: skip
+
+
 def value_type(type_: Type) -> str:
     """The C type of one element."""
     return MEMORY[type_.element[1:]] + " *" if type_.is_pointer else VALUE[type_.element]
@@ -75,6 +84,11 @@ def constant(op: Op) -> str:
     if element == "i64":
         return f"INT64_C({number})" if number != -(2**63) else "INT64_MIN"
     return f"({number})" if number != -(2**31) else "INT32_MIN"
+
+
+def is_zero(value: Value) -> bool:
+    """Whether it is a constant of floating-point zeros."""
+    return value.op is not None and value.op.name == "arith.constant" and constant(value.op).strip("()f") == "0x0.0p+0"
 
 
 def _number(literal: str, element: str) -> float:
