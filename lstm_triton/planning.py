@@ -1,5 +1,6 @@
 """Which Triton strategy runs a layer, with which tiles."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ STRATEGIES = ("persistent", "cooperative", "step")
 PERSISTENT_BYTES = 128 * 1024
 # Rows of the batch that a program on a CPU has at most.
 CPU_ROWS = 64
+# `Limits.program_rows` of programs with more weights.
+PROGRAM_ROWS = (1, 2.0)
 # Steps that take as long as what a program does once: loading the weights and, fused, storing their gradients.
 PROGRAM_STEPS = 16
 # A fused kernel on a CPU goes through all weights, and their gradients, in each step: up to so many cost nothing much.
@@ -30,16 +33,14 @@ FUSED_PROGRAM_ROWS = 256
 FUSED_MOST_SUMS = 4 * 1024 * 1024
 # Programs on a CPU that share the hidden units, at most.
 COOPERATING = 4
-# How much may be lost to padding, as tiles are powers of two: weights up to a number, and times as many operations.
-SPARE = ((8 * 1024, 1.3), (32 * 1024, 1.15), (MOST_WEIGHTS, 1.02))
-# The same on packed batches, where PyTorch's operator takes longer: of all, and in training (bench/ragged.py).
+# How much may be lost to padding, in rows of the batch and in units together, on packed batches, where PyTorch's
+# operator takes longer: of all, and in training (bench/ragged.py).
 PACKED_SPARE, PACKED_TRAINING_SPARE = 1.3, 1.7
 # And where gates are rebuilt in backward, for which PyTorch's operator has to run its forward again (bench/long.py).
 RECOMPUTE_SPARE = 1.3
 # PyTorch's operators that oneDNN runs on a CPU. The others are loops over time steps in ATen, which kernels beat up to
-# so many weights, as far as was measured, and so much padding, which depends on the rows of the batch.
+# so many weights, as far as was measured, at 1 to 300 units (bench/cells.py).
 ONEDNN, MOST_LOOPED_WEIGHTS = ("lstm",), 2 * 1024 * 1024
-LOOPED_SPARE, LOOPED_SPARE_OF_MANY = ((8, 3.2), (32, 1.8)), 1.3
 
 # The largest block of a product's inner dimension that isn't cut in two.
 MOST_INNER = 512
@@ -51,17 +52,29 @@ class Limits(NamedTuple):
     """Where native kernels pay on a CPU: the faster it multiplies, the more what they load and store weighs."""
 
     row_weights: int  # for each so many weights, beyond `FUSED_WEIGHTS`, a fused kernel wants a row of the batch
-    inference_weights: int  # the most in inference on dense batches
-    training_weights: int  # the most in training on dense batches, for each row of the batch
-    unfused_rows: range  # of dense batches for which a kernel that isn't fused pays in training
+    # The others are for dense batches.
+    inference_weights: int  # the most in inference
+    training_weights: int  # the most in training, for each row of the batch
+    unfused_rows: range  # for which a kernel that isn't fused pays in training
+    # A program with at most `FUSED_WEIGHTS`: with fewer rows than the first it takes as long as with these, and beside
+    # its rows' it takes the time of so many more.
+    program_rows: tuple[int, float]
+    row_spare: tuple[tuple[int, float], ...]  # weights up to a number, and how many times as many rows may be run
+    unit_spare: float  # the same of weights, for the units that padding adds
 
 
 # By whether a core multiplies two vectors of 512 bits a cycle: measured on an Intel Xeon and on an AMD EPYC of Zen 4
 # (bench/cpu.py).
 LIMITS = {
-    True: Limits(8 * 1024, 128 * 1024, 16 * 1024, range(4, 9)),
-    False: Limits(64 * 1024, MOST_WEIGHTS, 64 * 1024, range(0)),
-}
+    True: Limits(
+        8 * 1024, 128 * 1024, 16 * 1024, range(4, 9), PROGRAM_ROWS,
+        ((8 * 1024, 1.3), (32 * 1024, 1.15), (MOST_WEIGHTS, 1.02)), 1.15,
+    ),
+    False: Limits(
+        64 * 1024, MOST_WEIGHTS, 64 * 1024, range(0), (2, 0.5),
+        ((FUSED_WEIGHTS, math.inf), (MOST_WEIGHTS, 1.02)), math.inf,
+    ),
+}  # fmt: skip
 
 
 def limits() -> Limits:
@@ -163,16 +176,20 @@ def choose_on_cpu(
         lengths: of a packed batch, how many steps each of its rows has, the longest first.
     """
 
-    def cost(rows: int) -> int:
+    found, weights = limits(), _trimmed_weights(cell, hidden, size, features)
+    least, more = found.program_rows if weights <= FUSED_WEIGHTS else PROGRAM_ROWS
+
+    def cost(rows: int) -> float:
         # Of the busiest thread: its rows, those past the batch among them, and something for each program.
+        program = max(rows, least) + more
         if lengths is None:
             programs = -(-batch // rows) * directions
-            return -(-programs // threads) * (rows + 2)
+            return -(-programs // threads) * program
         # A program ends with the longest of its rows; threads take one after the other.
-        busy = [0] * threads
+        busy = [0.0] * threads
         for steps in lengths[::rows]:
             for _ in range(directions):
-                busy[busy.index(min(busy))] += (steps + PROGRAM_STEPS) * (rows + 2)
+                busy[busy.index(min(busy))] += (steps + PROGRAM_STEPS) * program
         return max(busy)
 
     block_b = min((1 << k for k in range(CPU_ROWS.bit_length())), key=lambda rows: (cost(rows), -rows))
@@ -182,8 +199,8 @@ def choose_on_cpu(
     if forced == "cooperative":  # never chosen here: threads that wait for each other cost more than they save
         units = max(PER_CALL, block_h // COOPERATING)
         return Plan("cooperative", min(block_b, 16), units, min(block_k, 64), 1)
-    weights, tiles = _trimmed_weights(cell, hidden, size, features), -(-batch // block_b)
-    few = weights <= max(FUSED_WEIGHTS, min(block_b * limits().row_weights, MOST_WEIGHTS))
+    tiles = -(-batch // block_b)
+    few = weights <= max(FUSED_WEIGHTS, min(block_b * found.row_weights, MOST_WEIGHTS))
     if lengths is not None:
         few = few and sum(lengths) >= tiles * FUSED_PROGRAM_ROWS
     fused = size == hidden and few and tiles * weights <= FUSED_MOST_SUMS
@@ -215,18 +232,20 @@ def pays_on_cpu(
     weights = _trimmed_weights(cell, hidden, size, features)
     if size != hidden or weights > (MOST_WEIGHTS if cell.operator in ONEDNN else MOST_LOOPED_WEIGHTS):
         return False
-    rows = -(-batch // plan.block_b) * plan.block_b
-    padding = weights * rows / (_weights(cell, hidden, size, features) * batch)
     if cell.operator not in ONEDNN:
-        return padding <= next((spare for most, spare in LOOPED_SPARE if batch <= most), LOOPED_SPARE_OF_MANY)
+        return True
+    rows = -(-batch // plan.block_b) * plan.block_b / batch
+    units = weights / _weights(cell, hidden, size, features)
+    padding = rows * units
     if packed and batch > 1:
         return padding <= (PACKED_TRAINING_SPARE if records else PACKED_SPARE)
     if recompute and records:
         return padding <= RECOMPUTE_SPARE
     found = limits()
     most = found.training_weights * batch if records else found.inference_weights
-    pays = (plan.fused and weights <= most) or (records and batch in found.unfused_rows)
-    return pays and padding <= next(spare for most, spare in SPARE if weights <= most)
+    if not (plan.fused and weights <= most) and not (records and batch in found.unfused_rows):
+        return False
+    return units <= found.unit_spare and rows <= next(spare for most, spare in found.row_spare if weights <= most)
 
 
 def blocks_of(size: int, slices: int) -> tuple[int, int]:
