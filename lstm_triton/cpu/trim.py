@@ -77,23 +77,28 @@ class _Classes:
 
 
 # What Triton's frontend makes once for all who want the same, though an axis is rows to one and units to another.
-_SHARED = ("tt.make_range", "tt.splat", "tt.broadcast", "arith.constant")
+_SHARED = ("tt.make_range", "tt.splat", "tt.broadcast", "tt.expand_dims", "arith.constant")
 
 
 def _part(function: Function) -> None:
     """Gives each user of such a tensor one of its own."""
     for user in list(_ops(function.body)):
-        for k, value in enumerate(user.operands):
-            op = value.op
-            if op is None or op.name not in _SHARED or not value.shape or len(value.users) == 1:
-                continue
-            own = Op(op.name, list(op.operands), [], dict(op.attributes), op.block, op.number, op.place)
-            own.results.append(Value(value.type, own, 0, [user], value.block))
-            for operand in own.operands:
-                operand.users.append(own)
-            op.block.ops.insert(op.block.ops.index(op), own)
-            value.users.remove(user)
-            user.operands[k] = own.results[0]
+        _part_operands(user)
+
+
+def _part_operands(user: Op) -> None:
+    for k, value in enumerate(user.operands):
+        op = value.op
+        if op is None or op.name not in _SHARED or not value.shape or len(value.users) == 1:
+            continue
+        own = Op(op.name, list(op.operands), [], dict(op.attributes), op.block, op.number, op.place)
+        own.results.append(Value(value.type, own, 0, [user], value.block))
+        for operand in own.operands:
+            operand.users.append(own)
+        op.block.ops.insert(op.block.ops.index(op), own)
+        value.users.remove(user)
+        user.operands[k] = own.results[0]
+        _part_operands(own)
 
 
 def _ops(block: Block) -> Iterator[Op]:
@@ -110,7 +115,7 @@ def _relate(op: Op, classes: _Classes) -> None:
         for dim in range(len(value.shape)):
             if value.shape[dim] > 1:
                 classes.root((value, dim))
-    if is_elementwise(name) or name == "tt.load":
+    if is_elementwise(name) or name == "tt.load" or _reshapes_nothing(op):
         classes.same([*operands, *results])
     elif name == "tt.store":
         classes.same(operands)
@@ -156,6 +161,11 @@ def _relate(op: Op, classes: _Classes) -> None:
         _carried(classes, _ended(before)[1:], after.arguments, results)
     elif name not in ("tt.splat", "arith.constant", "scf.yield", "scf.condition", "tt.reduce.return"):
         classes.keep([*operands, *results])
+
+
+def _reshapes_nothing(op: Op) -> bool:
+    """As a sum over all of a vector has it."""
+    return op.name == "tt.reshape" and op.operands[0].shape == op.results[0].shape
 
 
 def _ended(region: Block) -> list[Value]:
@@ -241,4 +251,4 @@ def _viewed(value: Value, dim: int) -> Axis | None:
         return (op.operands[0], dim) if op.operands[0].shape[dim] == value.shape[dim] else None
     if op.name == "tt.trans":
         return op.operands[0], op.attributes["order"][dim]
-    return None
+    return (op.operands[0], dim) if _reshapes_nothing(op) else None
