@@ -1,9 +1,9 @@
-"""Calls that are prepared once for their kind: what comes before and after the kernels of a small layer on a CPU would
-take longer than they do.
+"""Calls that are prepared once for their kind: else, what comes before and after the kernels of a small layer on a CPU
+takes longer than they do.
 
-A kind is all that a call's course depends on: options, shapes, dtypes, threads. Prepared are those that run in fused
+A kind is all that a call's course depends on: options, shapes, dtypes, threads. Prepared are calls that run in fused
 kernels, on dense batches and in one direction (the usual ones), and those that "auto" leaves to PyTorch's operator. All
-others go through `lstm_triton.functional` and `lstm_triton.ops` anew each time, as does the first of each kind here.
+others go through `lstm_triton.functional` and `lstm_triton.ops` anew each time.
 """
 
 from collections.abc import Callable, Sequence
@@ -78,6 +78,8 @@ def _prepare(
         backend = dispatch.auto(call, _never)
         if backend == "torch":
             return lambda input, hx, weights: dispatch.torch_operator(input, None, hx, weights, options)
+    elif backend == "triton":
+        dispatch.check_triton(input.device)
     if backend != "triton" or options.bidirectional or options.zones or cells.of(options.cell).parameters:
         return None
     if hx[0].shape != hx[1].shape or input.dtype not in (torch.float32, torch.float64):  # in which states are kept, too

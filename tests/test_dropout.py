@@ -140,8 +140,8 @@ def test_auto_runs_pytorch_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> Non
     calls = []
     original = dispatch.torch_operator
     monkeypatch.setattr(dispatch, "torch_operator", lambda *a: calls.append(a) or original(*a))
-    module = TritonLSTM(5, 7, recurrent_dropout=0.5)
-    module.eval()(torch.randn(2, 1, 5))
+    module = TritonLSTM(5, 7, recurrent_dropout=0.5, dtype=torch.float64)
+    module.eval()(torch.randn(2, 1, 5, dtype=torch.float64))
     assert len(calls) == 1
-    module.train()(torch.randn(2, 1, 5))
+    module.train()(torch.randn(2, 1, 5, dtype=torch.float64))
     assert len(calls) == 1
