@@ -156,11 +156,10 @@ class Launch:
 
     def room(self, window: Window, gates: Tensor | None, c: Tensor | None, hx: Tensor, cx: Tensor, save: bool) -> Pass:
         """For what forward returns; `gates` are activated in place, None stands for new ones, of c as well."""
-        n = window.size(self.D)
         if gates is None:
-            gates = hx.new_empty((self.D, n, self.constants["WIDTH"] * self.H) if save else (0,))
+            gates = hx.new_empty((self.D, window.size(self.D), self.constants["WIDTH"] * self.H)) if save else hx
         if c is None:
-            c = cx.new_empty((self.D, n, self.H) if save else (0,))
+            c = cx.new_empty((self.D, window.size(self.D), self.H)) if save else cx
         return Pass(torch.empty_like(hx), torch.empty_like(cx), gates, c)
 
     def gradients(self, window: Window, saved: Saved, dhn: Tensor, dcn: Tensor) -> Gradients:

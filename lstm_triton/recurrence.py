@@ -408,7 +408,7 @@ class Pass(NamedTuple):
 
     hn: Tensor  # (D, B, K) the states after it
     cn: Tensor  # (D, B, H) float32 or float64
-    gates: Tensor  # as of `Saved`; empty where nothing is saved, as is c
+    gates: Tensor  # as of `Saved`; where nothing is saved any tensor, as is c
     c: Tensor
 
 
