@@ -1,6 +1,6 @@
 """What all launchers share: the arguments of a layer's kernels, laid out and allocated."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -118,16 +118,6 @@ class Launch:
                 cell, input.dtype, plan, D, H, K, I, projected, bias, ragged, kind, per_step, zone,
                 rnn_precision(input.device),
             ),
-        )  # fmt: skip
-
-    def on(self, x: Tensor, weights: Sequence[Tensor], seed: Tensor | None) -> "Launch":
-        """The same for other tensors, of a dense layer of one direction that has no more than weights and biases."""
-        w_ih, w_hh, *biases = weights
-        b_ih, b_hh = biases or (x, x)
-        return Launch(
-            self.plan, self.layout, self.D, self.T, self.B, self.H, self.K, self.I, self.projected, self.bias,
-            self.cell, x, w_ih, w_hh, b_ih, b_hh, x, x, x, x, x if seed is None else seed, self.mask_steps, x,
-            self.drop, self.constants, self.rebuild,
         )  # fmt: skip
 
     @property

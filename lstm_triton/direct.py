@@ -7,6 +7,7 @@ others go through `lstm_triton.functional` and `lstm_triton.ops` anew each time.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lstm_triton import cells, dispatch, launching, ops, planning
 from lstm_triton import dropout as masks
-from lstm_triton.recurrence import LayerGradients, Saved, Window
+from lstm_triton.cpu.native import Replay
+from lstm_triton.recurrence import Window
 
 if TYPE_CHECKING:
     from lstm_triton.functional import Options
@@ -84,22 +86,8 @@ def _prepare(
         return None
     if hx[0].shape != hx[1].shape or input.dtype not in (torch.float32, torch.float64):  # in which states are kept, too
         return None
-    p = options.recurrent_dropout if options.training else 0.0
-    nothing = input.new_empty(0)
-    steps, batch = input.shape[:2][:: -1 if options.batch_first else 1]
-    stack = ops.Stack(
-        input.detach().reshape(steps, batch, -1), None, *hx, weights, options.num_layers, options.bias, 0.0, None,
-        nothing, p, options.recurrent_dropout_mode == "step", backend, options.cell, None, False, records,
-    )  # fmt: skip
-    if stack.wavefront() is not None:
-        return None
-    # Of a deeper layer's input sizes are all that is looked at here.
-    inputs = [stack.input, *[stack.input[:1, :1].expand(steps * batch, hx[0].size(2))] * (options.num_layers - 1)]
-    layers = [launching.Kernels(stack.layer(k, x)) for k, x in enumerate(inputs)]
-    if not all(layer.plan.fused for layer in layers):
-        return None
-    each = len(weights) // options.num_layers
-    return Direct([layer.on(nothing, [nothing] * each, nothing) for layer in layers], options, records, input.dtype)
+    direct = Direct(input, hx, weights, options, records)
+    return direct if direct.prepare() else None
 
 
 def _never(*_: Any) -> Any:
@@ -107,20 +95,79 @@ def _never(*_: Any) -> Any:
 
 
 class Direct:
-    """A prepared call of layers that run in fused kernels."""
+    """A prepared call of layers that run in fused kernels; arguments as of `of`, of which only sizes are looked at."""
 
-    def __init__(self, layers: list[launching.Kernels], options: "Options", records: bool, dtype: torch.dtype) -> None:
-        first = layers[0].launch
-        self.layers, self.options, self.records = layers, options, records
-        self.window = Window(first.layout, 0, first.layout.steps)
-        self.each = 4 if options.bias else 2
-        self.dropout = options.dropout if options.training and len(layers) > 1 else 0.0
+    def __init__(
+        self, input: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor], options: "Options", records: bool
+    ) -> None:
+        self.options, self.records, self.dtype, self.count = options, records, input.dtype, options.num_layers
+        steps, batch = input.shape[:2][:: -1 if options.batch_first else 1]
+        self.steps, self.batch, self.features, self.hidden = steps, batch, input.size(2), hx[0].size(2)
+        self.shapes = [w.shape for w in weights]
+        self.each = len(weights) // self.count
+        self.dropout = options.dropout if options.training and self.count > 1 else 0.0
         self.p = options.recurrent_dropout if options.training else 0.0
         self.draws = self.p > 0 or self.dropout > 0
+        self.forwards: list[Replay] = []  # of each layer
+        self.backwards: dict[tuple[bool, bool], list[Replay]] = {}  # by which gradients are wanted
+        with torch.inference_mode(False):  # in place of gradients that aren't there
+            self.zeros = torch.zeros(self.count, batch, self.hidden, dtype=input.dtype)
+
+    def prepare(self) -> bool:
+        """Prepares forward; False where the layers don't all run in fused kernels, a launch each."""
+        engines = self._engines()
+        if not all(engine.plan.fused for engine in engines):
+            return False
+        try:
+            for engine in engines:
+                layer, y = engine.layer, self._empty(self.steps, self.batch, self.hidden)
+                run = partial(engine.forward, self._window(engine), y, layer.hx, layer.cx, self.records)
+                self.forwards.append(Replay(run, (*self._tensors(engine), y)))
+        except ValueError:  # launched in another way
+            return False
+        return bool(engines)
+
+    def _prepared_backward(self, wanted: tuple[bool, bool]) -> list[Replay]:
+        """That of each layer; `wanted`: the gradients of the input, and of the weights."""
+        found = []
+        for k, engine in enumerate(self._engines()):
+            layer, shape = engine.layer, (self.steps, self.batch, self.hidden)
+            y, dy, dhn, dcn = self._empty(*shape), self._empty(*shape), *map(torch.empty_like, (layer.hx, layer.cx))
+            saved = layer.room()
+            run = partial(
+                engine.backward, self._window(engine), y, dy, saved, layer.hx, layer.cx, dhn, dcn,
+                wanted[0] or k > 0, wanted[1],
+            )  # fmt: skip
+            found.append(Replay(run, (*self._tensors(engine), y, dy, dhn, dcn, saved.gates, saved.c)))
+        return found
+
+    def _engines(self) -> list[launching.Kernels]:
+        """A layer's each, on empty tensors; none where the layers run together."""
+        o = self.options
+        states = [self._empty(self.count, self.batch, self.hidden) for _ in range(2)]
+        stack = ops.Stack(
+            self._empty(self.steps, self.batch, self.features), None, states[0], states[1],
+            [self._empty(*shape) for shape in self.shapes], self.count, o.bias, 0.0, None, self._empty(1), self.p,
+            o.recurrent_dropout_mode == "step", "triton", o.cell, None, False, self.records,
+        )  # fmt: skip
+        if stack.wavefront() is not None:
+            return []
+        rows = self.steps * self.batch
+        inputs = [stack.input, *(self._empty(rows, self.hidden) for _ in range(self.count - 1))]
+        return [launching.Kernels(stack.layer(k, x)) for k, x in enumerate(inputs)]
+
+    def _tensors(self, engine: launching.Kernels) -> tuple[Tensor, ...]:
+        """A layer's input, states, seed and weights, as `forward` and `backward` give them to a `Replay`."""
+        layer = engine.layer
+        seed = self._empty(1) if layer.dropout.seed is None else layer.dropout.seed
+        return layer.input, layer.hx, layer.cx, seed, *(w for w in layer.directions[0][:4] if w is not None)
+
+    def _window(self, engine: launching.Kernels) -> Window:
+        return Window(engine.layer.layout, 0, self.steps)
+
+    def _empty(self, *shape: int) -> Tensor:
         with torch.inference_mode(False):
-            self.zeros = torch.zeros(
-                len(layers), first.B, first.H, dtype=dtype
-            )  # in place of gradients that aren't there
+            return torch.empty(shape, dtype=self.dtype)
 
     def __call__(
         self, input: Tensor, hx: tuple[Tensor, Tensor], weights: list[Tensor]
@@ -137,23 +184,20 @@ class Direct:
     def forward(
         self, seed: Tensor | None, input: Tensor, hx: Tensor, cx: Tensor, weights: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """Output, hn, cn and what backward needs: outputs of all layers but the last, then gates and c of each."""
-        states, outputs, gates, carried, count = [], [], [], [], len(self.layers)
-        x, width = input, hx.size(2)
-        leading = input.shape[:2]
-        for k, prepared in enumerate(self.layers):
-            engine = prepared.on(x, weights[k * self.each : (k + 1) * self.each], seed)
-            y = input.new_empty((*leading, width))
-            h, c = (hx, cx) if count == 1 else (hx[k : k + 1], cx[k : k + 1])
-            found = engine.forward(self.window, y, h, c, self.records)
-            states.append(found[:2])
-            gates.append(found.gates)
-            carried.append(found.c)
+        """Output, hn, cn and what backward needs: of each layer what it keeps, then outputs of all but the last."""
+        states, outputs, kept, x = [], [], [], input
+        for k, replay in enumerate(self.forwards):
+            own = weights[k * self.each : (k + 1) * self.each]
+            h, c = (hx, cx) if self.count == 1 else (hx[k : k + 1], cx[k : k + 1])
+            y = torch.empty((self.steps, self.batch, self.hidden), dtype=self.dtype)
+            *saved, hn, cn = replay(x, h, c, x if seed is None else seed, *own, y)
+            kept += saved
+            states.append((hn, cn))
             outputs.append(y)
             x = self.drop(y, seed, k)
-        kept = [*outputs[:-1], *gates, *carried] if self.records else []
-        hn, cn = states[0] if count == 1 else map(torch.cat, zip(*states, strict=True))
-        return y, hn, cn, kept
+        if self.count > 1:
+            hn, cn = map(torch.cat, zip(*states, strict=True))
+        return y, hn, cn, [*kept, *outputs[:-1]]
 
     def backward(
         self,
@@ -165,36 +209,46 @@ class Direct:
         weights: Sequence[Tensor],
         kept: Sequence[Tensor],
         gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-        input_wanted: bool,
-        weights_wanted: bool,
+        wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor, Tensor, list[Any]]:
         """The gradients of input, hx, cx and weights, from those of `forward`'s results."""
-        count, single = len(self.layers), len(self.layers) == 1
-        outputs, gates, carried = [*kept[: count - 1], output], kept[count - 1 : -count], kept[-count:]
+        replays = self.backwards.get(wanted)
+        if replays is None:
+            replays = self.backwards[wanted] = self._prepared_backward(wanted)
+        outputs = [*kept[2 * self.count :], output]
         dy = torch.zeros_like(output) if gradients[0] is None else gradients[0].contiguous()
-        dhn, dcn = (self.zeros if g is None else g.contiguous() for g in gradients[1:])
+        dhn, dcn = [self.zeros if g is None else g.contiguous() for g in gradients[1:]]
         states: list[tuple[Tensor, Tensor]] = []
         dweights: list[Any] = []
-        for k in range(count - 1, -1, -1):
+        dinput: list[Tensor] = []
+        for k in range(self.count - 1, -1, -1):
             x = self.drop(outputs[k - 1], seed, k - 1) if k else input
-            engine = self.layers[k].on(x, weights[k * self.each : (k + 1) * self.each], seed)
-            parts = (hx, cx, dhn, dcn) if single else (s[k : k + 1] for s in (hx, cx, dhn, dcn))
-            saved = Saved(gates[k], carried[k])
-            found = engine.backward(
-                self.window, outputs[k], dy, saved, *parts, input_wanted or k > 0, weights_wanted
-            )  # fmt: skip
-            assert isinstance(found, LayerGradients)
-            states.insert(0, found[:2])
-            dweights = found.dweights + dweights
+            own = weights[k * self.each : (k + 1) * self.each]
+            parts = (hx, cx, dhn, dcn)
+            if self.count > 1:
+                parts = tuple(s[k : k + 1] for s in parts)  # type: ignore[assignment]
+            h, c, dh, dc = parts
+            made = replays[k](
+                x, h, c, x if seed is None else seed, *own, outputs[k], dy, dh, dc, *kept[2 * k : 2 * k + 2]
+            )
+            states.append((made[0], made[1]))
+            if wanted[0] or k:
+                dinput = made[2:3]
+            if wanted[1]:
+                found = made[-4:][: self.each]
+                if found[0].dim() > own[0].dim():  # each tile of the batch has its own
+                    found = [w.sum(0) for w in found]
+                dweights = found + dweights
             if k:
-                dy = self.drop(found.dinput[0], seed, k - 1)
-        dh, dc = states[0] if single else map(torch.cat, zip(*states, strict=True))
-        dinput = found.dinput[0].view(input.shape) if input_wanted else None  # type: ignore[union-attr]
-        return dinput, dh, dc, dweights if weights_wanted else [None] * len(weights)
+                dy = self.drop(dinput[0], seed, k - 1)
+        dh, dc = states[0]
+        if self.count > 1:
+            dh, dc = map(torch.cat, zip(*states[::-1], strict=True))
+        return dinput[0] if wanted[0] else None, dh, dc, dweights if wanted[1] else [None] * len(weights)
 
     def drop(self, x: Tensor, seed: Tensor | None, k: int) -> Tensor:
         """Dropout of layer k's output or, the same, of its gradient."""
-        if seed is None or self.dropout == 0 or k == len(self.layers) - 1:
+        if seed is None or self.dropout == 0 or k == self.count - 1:
             return x
         return launching.drop(x.flatten(0, -2), seed, masks.BETWEEN + k, self.dropout)
 
@@ -214,7 +268,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         call, (seed, y, input, hx, cx, *rest) = ctx.call, ctx.saved_tensors
-        count = call.each * len(call.layers)
+        count = len(call.shapes)
         weights, kept = rest[:count], rest[count:]
         if torch.is_grad_enabled():  # a graph of this backward is wanted
             o = call.options
@@ -224,7 +278,7 @@ class _Function(torch.autograd.Function):
             )  # fmt: skip
             return None, None, *found
         wanted = ctx.needs_input_grad[2], any(ctx.needs_input_grad[5:])
-        dinput, dhx, dcx, dweights = call.backward(seed, input, hx, cx, y, weights, kept, gradients, *wanted)
+        dinput, dhx, dcx, dweights = call.backward(seed, input, hx, cx, y, weights, kept, gradients, wanted)
         return None, None, dinput, dhx, dcx, *dweights
 
 

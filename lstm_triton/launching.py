@@ -1,7 +1,6 @@
 """A layer's call by Triton kernels: its plan and the way to the launchers."""
 
 import importlib
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -154,12 +153,6 @@ class Kernels:
         self.layer, self.plan = layer, of(layer)
         self.launch = _kernels().Launch.of(self.plan, layer)
         self.strategy = _kernels().STRATEGIES[self.plan.strategy]
-
-    def on(self, input: Tensor, weights: Sequence[Tensor], seed: Tensor | None) -> "Kernels":
-        """The same on other tensors, as of `Launch.on`; for a fused plan, which wants no more of the layer."""
-        again = Kernels.__new__(Kernels)
-        again.plan, again.strategy, again.launch = self.plan, self.strategy, self.launch.on(input, weights, seed)
-        return again
 
     @property
     def window_length(self) -> int:

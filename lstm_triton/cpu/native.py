@@ -4,6 +4,7 @@ import functools
 import hashlib
 import struct
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,69 @@ class Prepared:
 
     def run(self, grid: tuple[int, int, int], args: list[Any]) -> None:
         """Runs the kernel over a grid; `args` are those of `launch`, and are overwritten."""
+        if getattr(_recording, "launches", None) is not None:
+            _recording.launches.append((self, grid, args))
+            return
         for k in self.pointers:
             args[k] = args[k].data_ptr()
+        self.run_numbers(grid, args)
+
+    def run_numbers(self, grid: tuple[int, int, int], args: list[int | float]) -> None:
+        """The same with the addresses of tensors."""
         runtime.run(self.kernel, self.slots.pack(*args), grid, self.cooperative)
+
+
+_recording = threading.local()
+
+
+class Replay:
+    """A launch that is repeated: the same kernel, grid and numbers on other tensors of the same shapes.
+
+    Args:
+        launch: calls a launcher, which allocates what the kernel writes and launches it once.
+        given: the tensors that it has besides, no two of them one; their contents don't matter.
+
+    Raises:
+        ValueError: it launches nothing, more than one kernel, or not natively.
+    """
+
+    def __init__(self, launch: Callable[[], Any], given: Sequence[Tensor]) -> None:
+        _recording.launches = []
+        try:
+            launch()
+            if len(_recording.launches) != 1:
+                raise ValueError(f"the call makes {len(_recording.launches)} native launches, not one")
+            self.prepared, self.grid, args = _recording.launches[0]
+        finally:
+            del _recording.launches
+        tensors = list(given)
+        self.places: list[tuple[int, int]] = []  # of a tensor's address among the arguments, and which tensor
+        for k in self.prepared.pointers:
+            if not any(args[k] is x for x in tensors):
+                tensors.append(args[k])
+            self.places.append((k, next(n for n, x in enumerate(tensors) if x is args[k])))
+        self.args = [0 if isinstance(x, Tensor) else x for x in args]
+        # What is allocated, where there is one like a given tensor, which PyTorch allocates faster.
+        self.made: list[tuple[int, torch.Size, torch.dtype]] = []
+        for x in tensors[len(given) :]:
+            like = (k for k, g in enumerate(given) if g.shape == x.shape and g.dtype == x.dtype)
+            self.made.append((next(like, -1), x.shape, x.dtype))
+
+    def __call__(self, *given: Tensor) -> list[Tensor]:
+        """Launches it on `given`, contiguous and in the order from before.
+
+        Returns what is allocated, in the order of the arguments; one that was shaped as a given tensor is so again.
+        """
+        made = [
+            torch.empty(shape, dtype=dtype) if like < 0 else torch.empty_like(given[like])
+            for like, shape, dtype in self.made
+        ]
+        addresses = [x.data_ptr() for x in (*given, *made)]
+        args = self.args.copy()
+        for place, k in self.places:
+            args[place] = addresses[k]
+        self.prepared.run_numbers(self.grid, args)
+        return made
 
 
 _prepared: dict[Any, Prepared] = {}
