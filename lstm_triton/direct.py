@@ -108,7 +108,8 @@ class Direct:
         self.dropout = options.dropout if options.training and self.count > 1 else 0.0
         self.p = options.recurrent_dropout if options.training else 0.0
         self.draws = self.p > 0 or self.dropout > 0
-        self.forwards: list[Replay] = []  # of each layer
+        self.plans: list[planning.Plan] = []  # of each layer, as the next two
+        self.forwards: list[Replay] = []
         self.backwards: dict[tuple[bool, bool], list[Replay]] = {}  # by which gradients are wanted
         with torch.inference_mode(False):  # in place of gradients that aren't there
             self.zeros = torch.zeros(self.count, batch, self.hidden, dtype=input.dtype)
@@ -116,7 +117,8 @@ class Direct:
     def prepare(self) -> bool:
         """Prepares forward; False where the layers don't all run in fused kernels, a launch each."""
         engines = self._engines()
-        if not all(engine.plan.fused for engine in engines):
+        self.plans = [engine.plan for engine in engines]
+        if not all(plan.fused for plan in self.plans):
             return False
         try:
             for engine in engines:
@@ -145,16 +147,20 @@ class Direct:
         """A layer's each, on empty tensors; none where the layers run together."""
         o = self.options
         states = [self._empty(self.count, self.batch, self.hidden) for _ in range(2)]
+        seed = self._empty(1).to(torch.int64)
         stack = ops.Stack(
             self._empty(self.steps, self.batch, self.features), None, states[0], states[1],
-            [self._empty(*shape) for shape in self.shapes], self.count, o.bias, 0.0, None, self._empty(1), self.p,
+            [self._empty(*shape) for shape in self.shapes], self.count, o.bias, 0.0, None, seed, self.p,
             o.recurrent_dropout_mode == "step", "triton", o.cell, None, False, self.records,
         )  # fmt: skip
         if stack.wavefront() is not None:
             return []
         rows = self.steps * self.batch
         inputs = [stack.input, *(self._empty(rows, self.hidden) for _ in range(self.count - 1))]
-        return [launching.Kernels(stack.layer(k, x)) for k, x in enumerate(inputs)]
+        layers = [stack.layer(k, x) for k, x in enumerate(inputs)]
+        if self.plans:  # backward's is forward's, whatever threads there are by then
+            layers = [layer._replace(plan=plan) for layer, plan in zip(layers, self.plans, strict=True)]
+        return [launching.Kernels(layer) for layer in layers]
 
     def _tensors(self, engine: launching.Kernels) -> tuple[Tensor, ...]:
         """A layer's input, states, seed and weights, as `forward` and `backward` give them to a `Replay`."""

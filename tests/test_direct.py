@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor, nn
 
 from checks import assert_close
-from lstm_triton import TritonGRU, TritonLSTM, TritonRNN, direct, dispatch, kernels, launching, planning
+from lstm_triton import TritonGRU, TritonLSTM, TritonRNN, cpu, direct, dispatch, kernels, launching, planning
 from lstm_triton.cells import lstm as lstm_cells
+from lstm_triton.cpu import native
 from lstm_triton.functional import lstm
 
 pytestmark = pytest.mark.skipif(
@@ -19,6 +22,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 Ran = list[str]
+
+
+@triton.jit
+def doubled(x_ptr):
+    at = tl.arange(0, 4)
+    tl.store(x_ptr + at, 2 * tl.load(x_ptr + at, mask=at < 3), mask=at < 3)
 
 
 @pytest.fixture
@@ -30,8 +39,19 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ran]:
         original = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, **k: found.append(label(*a)) or original(*a, **k))
 
-    # Layers that are made anew have their layer; those of a prepared call have none.
-    watch(launching.Kernels, "forward", lambda engine, *_: "anew" if hasattr(engine, "layer") else "direct")
+    run, forward = launching.Kernels.forward, direct.Direct.forward
+
+    def anew(*arguments: Any) -> Any:
+        if not native.records():  # in which nothing runs
+            found.append("anew")
+        return run(*arguments)
+
+    def prepared(call: direct.Direct, *arguments: Any) -> Any:
+        found.extend(["direct"] * call.count)
+        return forward(call, *arguments)
+
+    monkeypatch.setattr(launching.Kernels, "forward", anew)
+    monkeypatch.setattr(direct.Direct, "forward", prepared)
     watch(dispatch, "_operator", lambda *_: "torch")
     yield found
 
@@ -116,6 +136,24 @@ def test_states_and_parts_of_the_gradients(ran: Ran) -> None:
     assert set(ran[4:]) == {"direct"}
 
 
+def test_backward_under_other_circumstances() -> None:
+    """Threads and forced strategies of forward count, as its plan may be another one than what backward would have."""
+    module, x = TritonLSTM(16, 128, 2, backend="triton"), torch.randn(3, 6, 16)
+    expected = once_without(module, x)
+    torch.set_num_threads(1)
+    module.zero_grad()
+    leaf = x.clone().requires_grad_()
+    torch.manual_seed(3)
+    y, (hn, cn) = module(leaf)
+    torch.set_num_threads(2)
+    generator = torch.Generator().manual_seed(7)
+    loss = sum((o * torch.randn(o.shape, generator=generator)).sum() for o in (y, hn, cn))
+    with planning.force("step"):
+        loss.backward()  # type: ignore[union-attr]
+    found = {"dinput": leaf.grad} | {name: p.grad for name, p in module.named_parameters()}
+    assert_close(found, {name: expected[name] for name in found}, torch.float32)
+
+
 def test_gradients_of_gradients() -> None:
     module = TritonLSTM(3, 4, 2, backend="triton", dtype=torch.float64)
     inputs = [torch.randn(3, 2, 3), torch.randn(2, 2, 4), torch.randn(2, 2, 4)]
@@ -156,6 +194,18 @@ def test_what_isnt_prepared_runs_anew(ran: Ran) -> None:
         ran.clear()
         made()(x)
         assert ran == ["anew"]
+
+
+def test_a_replay_wants_one_native_launch() -> None:
+    x = torch.ones(3)
+    for launch in (lambda: None, lambda: [cpu.launch(doubled, (1,), x) for _ in range(2)]):
+        with pytest.raises(ValueError, match="native launches, not one"):
+            native.Replay(launch, (x,))
+    assert not native.records() and x.tolist() == [1, 1, 1]
+    replay = native.Replay(lambda: cpu.launch(doubled, (1,), x), (x,))
+    assert x.tolist() == [1, 1, 1]  # recorded, not run
+    other = torch.full((3,), 5.0)
+    assert replay(other) == [] and other.tolist() == [10, 10, 10] and x.tolist() == [1, 1, 1]
 
 
 def test_auto_is_asked_once_a_kind(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:

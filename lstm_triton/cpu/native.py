@@ -31,6 +31,7 @@ class Prepared:
     """A kernel compiled for arguments of certain types."""
 
     def __init__(self, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        self.name = kernel.fn.__name__
         values = iter(args)
         signature, wanted = {}, {}
         for parameter in kernel.params:
@@ -53,7 +54,7 @@ class Prepared:
 
     def run(self, grid: tuple[int, int, int], args: list[Any]) -> None:
         """Runs the kernel over a grid; `args` are those of `launch`, and are overwritten."""
-        if getattr(_recording, "launches", None) is not None:
+        if records():
             _recording.launches.append((self, grid, args))
             return
         for k in self.pointers:
@@ -66,6 +67,11 @@ class Prepared:
 
 
 _recording = threading.local()
+
+
+def records() -> bool:
+    """Whether launches of this thread are being recorded, not run."""
+    return getattr(_recording, "launches", None) is not None
 
 
 class Replay:
