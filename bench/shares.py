@@ -49,8 +49,8 @@ def measure(shape: Shape, steps: int) -> dict[str, float]:
         return run
 
     times: dict[str, list[float]] = {"step": [], "launch": [], "kernel": []}
-    launch, kernel = timed("launch", native.Prepared.run), timed("kernel", runtime.run)
-    with mock.patch.object(native.Prepared, "run", launch), mock.patch.object(runtime, "run", kernel):
+    launch, kernel = timed("launch", native.Prepared.run_numbers), timed("kernel", runtime.run)
+    with mock.patch.object(native.Prepared, "run_numbers", launch), mock.patch.object(runtime, "run", kernel):
         gc.disable()
         for k in range(steps + 10):
             call.clear()

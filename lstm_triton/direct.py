@@ -147,7 +147,7 @@ class Direct:
         """A layer's each, on empty tensors; none where the layers run together."""
         o = self.options
         states = [self._empty(self.count, self.batch, self.hidden) for _ in range(2)]
-        seed = self._empty(1).to(torch.int64)
+        seed = torch.zeros(1, dtype=torch.int64)
         stack = ops.Stack(
             self._empty(self.steps, self.batch, self.features), None, states[0], states[1],
             [self._empty(*shape) for shape in self.shapes], self.count, o.bias, 0.0, None, seed, self.p,
@@ -165,7 +165,7 @@ class Direct:
     def _tensors(self, engine: launching.Kernels) -> tuple[Tensor, ...]:
         """A layer's input, states, seed and weights, as `forward` and `backward` give them to a `Replay`."""
         layer = engine.layer
-        seed = self._empty(1) if layer.dropout.seed is None else layer.dropout.seed
+        seed = torch.zeros(1, dtype=torch.int64) if layer.dropout.seed is None else layer.dropout.seed
         return layer.input, layer.hx, layer.cx, seed, *(w for w in layer.directions[0][:4] if w is not None)
 
     def _window(self, engine: launching.Kernels) -> Window:
@@ -250,7 +250,12 @@ class Direct:
         dh, dc = states[0]
         if self.count > 1:
             dh, dc = map(torch.cat, zip(*states[::-1], strict=True))
-        return dinput[0] if wanted[0] else None, dh, dc, dweights if wanted[1] else [None] * len(weights)
+        return (
+            dinput[0].view(input.shape) if wanted[0] else None,
+            dh,
+            dc,
+            dweights if wanted[1] else [None] * len(weights),
+        )
 
     def drop(self, x: Tensor, seed: Tensor | None, k: int) -> Tensor:
         """Dropout of layer k's output or, the same, of its gradient."""

@@ -90,16 +90,18 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "gru": lambda: TritonGRU(5, 7, 2, backend="triton"),
     "rnn": lambda: TritonRNN(5, 7, nonlinearity="relu", backend="triton"),
     "float64": lambda: TritonLSTM(5, 7, 2, backend="triton", dtype=torch.float64),
+    "one of everything": lambda: TritonRNN(1, 1, backend="triton"),  # whose tensors have shapes in common
+    "of one unit": lambda: TritonLSTM(5, 1, 2, backend="triton"),
 }
 
 
-@pytest.mark.parametrize("batch", [1, 3, 70], ids=lambda b: f"B{b}")
+@pytest.mark.parametrize("steps,batch", [(1, 1), (4, 1), (4, 3), (7, 7), (4, 70)])
 @pytest.mark.parametrize("name", MODULES)
-def test_prepared_calls_are_what_they_would_be_otherwise(name: str, batch: int, ran: Ran) -> None:
-    """Bit by bit, forward and every gradient; 70 rows are two tiles of the batch."""
+def test_prepared_calls_are_what_they_would_be_otherwise(name: str, steps: int, batch: int, ran: Ran) -> None:
+    """Bit by bit, forward and every gradient; 70 rows are several tiles of the batch."""
     module = MODULES[name]()
     dtype = module.weight_hh_l0.dtype
-    x = torch.randn(4, batch, 5, dtype=dtype)
+    x = torch.randn(steps, batch, module.input_size, dtype=dtype)
     if getattr(module, "batch_first", False):
         x = x.transpose(0, 1)
     expected = once_without(module, x)

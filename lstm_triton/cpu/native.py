@@ -79,7 +79,8 @@ class Replay:
 
     Args:
         launch: calls a launcher, which allocates what the kernel writes and launches it once.
-        given: the tensors that it has besides, no two of them one; their contents don't matter.
+        given: the tensors that it has besides, no two of them one; their contents don't matter, nor does how many axes
+            the first one has.
 
     Raises:
         ValueError: it launches nothing, more than one kernel, or not natively.
@@ -104,13 +105,13 @@ class Replay:
         # What is allocated, where there is one like a given tensor, which PyTorch allocates faster.
         self.made: list[tuple[int, torch.Size, torch.dtype]] = []
         for x in tensors[len(given) :]:
-            like = (k for k, g in enumerate(given) if g.shape == x.shape and g.dtype == x.dtype)
+            like = (k for k, g in enumerate(given) if k and g.shape == x.shape and g.dtype == x.dtype)
             self.made.append((next(like, -1), x.shape, x.dtype))
 
     def __call__(self, *given: Tensor) -> list[Tensor]:
         """Launches it on `given`, contiguous and in the order from before.
 
-        Returns what is allocated, in the order of the arguments; one that was shaped as a given tensor is so again.
+        Returns what is allocated, in the order of the arguments.
         """
         made = [
             torch.empty(shape, dtype=dtype) if like < 0 else torch.empty_like(given[like])
