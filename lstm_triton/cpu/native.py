@@ -105,13 +105,13 @@ class Replay:
         # What is allocated, where there is one like a given tensor, which PyTorch allocates faster.
         self.made: list[tuple[int, torch.Size, torch.dtype]] = []
         for x in tensors[len(given) :]:
-            like = (k for k, g in enumerate(given) if k and g.shape == x.shape and g.dtype == x.dtype)
-            self.made.append((next(like, -1), x.shape, x.dtype))
+            like = [k for k, g in enumerate(given) if g.shape == x.shape and g.dtype == x.dtype]
+            self.made.append((max(like, default=-1), x.shape, x.dtype))  # the first one if it's the only one
 
     def __call__(self, *given: Tensor) -> list[Tensor]:
         """Launches it on `given`, contiguous and in the order from before.
 
-        Returns what is allocated, in the order of the arguments.
+        Returns what is allocated, in the order of the arguments; with the axes of the first one what no other is like.
         """
         made = [
             torch.empty(shape, dtype=dtype) if like < 0 else torch.empty_like(given[like])
