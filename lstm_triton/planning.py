@@ -26,7 +26,7 @@ PROGRAM_ROWS = (1, 2.0)
 PROGRAM_STEPS = 16
 # A fused kernel on a CPU goes through all weights, and their gradients, in each step: up to so many cost nothing much.
 FUSED_WEIGHTS = 32 * 1024
-MOST_WEIGHTS = 1024 * 1024  # beyond which no kernel pays: PyTorch's products of large matrices are as fast
+MOST_WEIGHTS = 576 * 1024  # beyond which no kernel pays: PyTorch's products of large matrices are as fast
 # On a packed batch, rows that each of its programs wants, for which it adds up gradients of its own (bench/ragged.py).
 FUSED_PROGRAM_ROWS = 256
 # Numbers that the tiles of the batch may add up together, each its own gradients of the weights.
