@@ -18,6 +18,7 @@ GROUPS = ("inference", "training step")
 JSON, TEXT = "cpu.json", "cpu.md"
 SMALL = 64  # hidden units, where training on a CPU is most common
 NOISY = 0.1  # of the ratio: a wider interquartile range is pointed out
+KEYS = 7  # of a legend in a row
 
 # Okabe and Ito's colours and markers of their own, in the order of batches.
 _STYLES = (("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#D55E00", "D"), ("#CC79A7", "v"), ("#56B4E9", "P"))
@@ -262,7 +263,7 @@ def ratios(records: Sequence[Record], backend: str, device: str) -> Figure:
         keys.append(Line2D([], [], color="gray", ls=dashes, lw=width, label=f"T = {t}"))
     if backend == "auto":
         keys.append(Line2D([], [], color="gray", marker="o", ls="", mfc="white", label="PyTorch's operator ran"))
-    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=9)
+    figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), KEYS), frameon=False, fontsize=9)
     figure.suptitle(f'TritonLSTM(backend="{backend}"), times as fast as {REFERENCE}, {device}', fontsize=12)
     return figure
 
@@ -290,6 +291,6 @@ def times(records: Sequence[Record], backend: str, device: str) -> Figure:
             panel.set_ylabel("µs a time step")
     keys = [Line2D([], [], color=styles[b][0], lw=3, label=f"B = {b}") for b in batches]
     keys += [Line2D([], [], color="gray", label=name, **style) for name, style, _ in sides]
-    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=9)
+    figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), KEYS), frameon=False, fontsize=9)
     figure.suptitle(f"Time of a step at T = {steps}, {device}", fontsize=12)
     return figure
