@@ -2,8 +2,9 @@
 takes longer than they do.
 
 A kind is all that a call's course depends on: options, shapes, dtypes, threads. Prepared are calls that run in fused
-kernels, on dense batches and in one direction (the usual ones), and those that "auto" leaves to PyTorch's operator. All
-others go through `lstm_triton.functional` and `lstm_triton.ops` anew each time.
+kernels, on dense batches and in one direction (the usual ones), and those that "auto" leaves to PyTorch's operator. They
+are when they come for the second time, as to prepare takes longer than a small layer's call. All others go through
+`lstm_triton.functional` and `lstm_triton.ops` anew.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ Run = Callable[[Tensor, tuple[Tensor, Tensor], list[Tensor]], tuple[Tensor, Tens
 KINDS = 256  # that are kept; then all are forgotten
 
 _prepared: dict[tuple[Any, ...], Run | None] = {}
+_seen: set[tuple[Any, ...]] = set()  # called once
 
 
 def of(
@@ -56,16 +58,26 @@ def of(
             records = True
     records = records and torch.is_grad_enabled()
     kind = (options, dtype, input.shape, h.shape, c.shape, records, torch.get_num_threads(), planning.asked())
-    if kind not in _prepared:
-        if len(_prepared) >= KINDS:
-            _prepared.clear()
-        _prepared[kind] = _prepare(input, hx, weights, options, records)
-    return _prepared[kind]
+    if kind in _prepared:
+        return _prepared[kind]
+    if kind not in _seen:
+        _make_room(_seen)
+        _seen.add(kind)
+        return None
+    _make_room(_prepared)
+    found = _prepared[kind] = _prepare(input, hx, weights, options, records)
+    return found
+
+
+def _make_room(kinds: dict[Any, Any] | set[Any]) -> None:
+    if len(kinds) >= KINDS:
+        kinds.clear()
 
 
 def forget() -> None:
     """Everything is prepared anew: for who changes what plans and choices depend on, as tests do."""
     _prepared.clear()
+    _seen.clear()
 
 
 def _prepare(
