@@ -2,8 +2,8 @@
 takes longer than they do.
 
 A kind is all that a call's course depends on: options, shapes, dtypes, threads. Prepared are calls that run in fused
-kernels, on dense batches and in one direction (the usual ones), and those that "auto" leaves to PyTorch's operator. They
-are when they come for the second time, as to prepare takes longer than a small layer's call. All others go through
+kernels, on dense batches and in one direction (the usual ones), and those that "auto" leaves to PyTorch's operator,
+when one comes for the second time, as to prepare takes longer than a small layer's call. All others go through
 `lstm_triton.functional` and `lstm_triton.ops` anew.
 """
 
