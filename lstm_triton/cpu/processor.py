@@ -18,6 +18,7 @@ def text() -> str:
     return "\n".join([platform.machine(), *sorted({line for line in lines if re.match(_FIELDS, line)})])
 
 
+@cache
 def multiplies_wide() -> bool:
     """Whether a core multiplies two vectors of 512 bits a cycle: Intel's with AVX-512, AMD's from Zen 5 (family 26) on.
 

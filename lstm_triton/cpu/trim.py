@@ -33,10 +33,12 @@ class _Classes:
         self.ends: list[tuple[Axis, int | None]] = []  # what counts from there on is nothing; None: all of it counts
 
     def root(self, axis: Axis) -> Axis:
-        parent = self.parents.setdefault(axis, axis)
-        if parent != axis:
-            parent = self.parents[axis] = self.root(parent)
-        return parent
+        found = axis
+        while (parent := self.parents.setdefault(found, found)) != found:
+            found = parent
+        while self.parents[axis] != found:  # shorter ways for the next time
+            self.parents[axis], axis = found, self.parents[axis]
+        return found
 
     def join(self, a: Value, dim_a: int, b: Value, dim_b: int) -> None:
         if a.shape[dim_a] == b.shape[dim_b] > 1:
