@@ -95,7 +95,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("steps,batch", [(1, 1), (4, 1), (4, 3), (7, 7), (4, 70)])
+@pytest.mark.parametrize("steps,batch", [(1, 1), (7, 7), (4, 70)])
 @pytest.mark.parametrize("name", MODULES)
 def test_prepared_calls_are_what_they_would_be_otherwise(name: str, steps: int, batch: int, ran: Ran) -> None:
     """Bit by bit, forward and every gradient; 70 rows are several tiles of the batch."""
