@@ -77,7 +77,7 @@ def lengths(kernel: Any, args: list[Any], **constants: Any) -> set[int]:
     signature = {p.name: "constexpr" if p.is_constexpr else native._kind(next(values), p.name) for p in kernel.params}
     function = ir.parse(frontend.ttir(kernel, signature, constants))
     trim.trim(function)
-    return {n for op in trim._ops(function.body) for v in op.results for n in v.shape} - {1}
+    return {n for op in ir.walk(function.body) for v in op.results for n in v.shape} - {1}
 
 
 @pytest.mark.parametrize("m,n,k", [(32, 5, 9), (3, 17, 32), (1, 1, 1), (20, 24, 25), (32, 32, 32)])
@@ -147,7 +147,7 @@ def test_layers_are_as_long_as_they_should(
         return function
 
     def shapes(function: ir.Function) -> set[int]:
-        return {n for op in trim._ops(function.body) for v in op.results for n in v.shape} - {1}
+        return {n for op in ir.walk(function.body) for v in op.results for n in v.shape} - {1}
 
     original = trim.trim
     monkeypatch.setattr(ir, "parse", watched)

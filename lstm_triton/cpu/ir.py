@@ -80,6 +80,14 @@ class Function:
     body: Block  # its arguments are the kernel's
 
 
+def walk(block: Block) -> Iterator[Op]:
+    """A block's operations and those in their regions, in the order of the text."""
+    for op in block.ops:
+        yield op
+        for region in op.regions:
+            yield from walk(region)
+
+
 _LOCATION = re.compile(r'loc\((?:[^()"]|"[^"]*"|\((?:[^()"]|"[^"]*"|\([^()]*\))*\))*\)')
 _NAME = re.compile(r"%[\w$.-]+(?:#\d+)?")
 _TYPE = re.compile(

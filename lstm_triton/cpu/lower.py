@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from lstm_triton.cpu.ir import Block, Function, Op, Type, Unsupported, Value
+from lstm_triton.cpu.ir import Block, Function, Op, Type, Unsupported, Value, walk
 from lstm_triton.cpu.operations import (
     BYTES,
     HALF,
@@ -287,7 +287,7 @@ class Lowering:
 
     def settle(self, op: Op) -> None:
         """Before something that may change memory, or a loop: what was loaded, and what is computed once outside."""
-        inside = [x for region in op.regions for x in _walk(region)]
+        inside = [x for region in op.regions for x in walk(region)]
         used = dict.fromkeys(v for x in inside for v in x.operands if v.shape and not _within(v, op))
         self.need([v for v in used if not v.type.is_pointer and self.costly(v)])
         self.need([v for v in self.loads if not self.in_memory(v) and self.outstanding(v)])
@@ -778,7 +778,7 @@ class Lowering:
         self.assign(op.operands, places)
         self.bind(before.arguments, places)
         # Programs that wait for others leave them the processor.
-        waits = any(x.name.startswith("tt.atomic") for region in op.regions for x in _walk(region))
+        waits = any(x.name.startswith("tt.atomic") for region in op.regions for x in walk(region))
         rounds = self.fresh("s")
         if waits:
             self.line(f"unsigned {rounds} = 0;")
@@ -800,13 +800,6 @@ class Lowering:
 
 def _number(value: Value) -> int:
     return value.op.number if value.op else 0
-
-
-def _walk(block: Block) -> Iterator[Op]:
-    for op in block.ops:
-        yield op
-        for region in op.regions:
-            yield from _walk(region)
 
 
 def _within(value: Value, op: Op) -> bool:

@@ -5,9 +5,9 @@ it is stored, added up, or multiplied along a product's inner dimension. Where t
 together, such as those of units, they are cut there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from lstm_triton.cpu.ir import Block, Function, Op, Type, Value
+from lstm_triton.cpu.ir import Block, Function, Op, Type, Value, walk
 from lstm_triton.cpu.operations import interval, is_elementwise, is_zero
 
 # Lengths are multiples of this, which vectors and products' tiles want: of 8 and 16 the faster for most sizes.
@@ -20,7 +20,7 @@ def trim(function: Function) -> None:
     """Cuts the axes of a kernel's tensors, in place."""
     _part(function)
     classes = _Classes()
-    for op in _ops(function.body):
+    for op in walk(function.body):
         _relate(op, classes)
     classes.cut()
 
@@ -84,7 +84,7 @@ _SHARED = ("tt.make_range", "tt.splat", "tt.broadcast", "tt.expand_dims", "arith
 
 def _part(function: Function) -> None:
     """Gives each user of such a tensor one of its own."""
-    for user in list(_ops(function.body)):
+    for user in list(walk(function.body)):
         _part_operands(user)
 
 
@@ -101,13 +101,6 @@ def _part_operands(user: Op) -> None:
         value.users.remove(user)
         user.operands[k] = own.results[0]
         _part_operands(own)
-
-
-def _ops(block: Block) -> Iterator[Op]:
-    for op in block.ops:
-        yield op
-        for region in op.regions:
-            yield from _ops(region)
 
 
 def _relate(op: Op, classes: _Classes) -> None:
